@@ -1,0 +1,60 @@
+"""Finds the implementations: the compiled extension, if one was built, and the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_failure: str | None = None
+_loaded: dict[str, bool] = {}
+
+
+def _load() -> None:
+    """Load `_C*.so` beside this file; it registers its kernels with the dispatcher."""
+    global _failure
+    found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(
+        Path(__file__).parent.glob("_C*.pyd")
+    )
+    if not found:
+        _failure = "the compiled extension was not built (see CWBR_BUILD in the README)"
+        return
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        _failure = f"the compiled extension does not load: {error}"
+
+
+def missing(backend: str) -> str | None:
+    """Why the compiled extension has no kernels for "cpu" or "cuda"; None where it has."""
+    if _failure is not None:
+        return _failure
+    key = {"cpu": "CPU", "cuda": "CUDA"}[backend]
+    if torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):
+        return None
+    return f"the compiled extension was built without {backend} kernels"
+
+
+def triton_kernels() -> ModuleType:
+    """The package `cwbr_fused.triton_kernels`, imported at the first call.
+
+    In a checkout it is the folder `triton_kernels` beside `cwbr_fused`; installed, it is inside.
+    """
+    name = "cwbr_fused.triton_kernels"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sibling = Path(__file__).parent.parent / "triton_kernels"
+        spec = importlib.util.spec_from_file_location(
+            name, sibling / "__init__.py", submodule_search_locations=[str(sibling)]
+        )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{name} is neither installed nor beside the package in a checkout")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return importlib.import_module(name)
+
+
+_load()
