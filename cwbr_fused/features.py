@@ -1,0 +1,323 @@
+"""Intermediate features: catch them with forward hooks, pool them to one vector per sample."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def to_vec(
+    feat: Tensor,
+    *,
+    pool: Literal["cls", "mean"] | None = None,
+    num_prefix_tokens: int = 1,
+    channels_last: bool = False,
+) -> Tensor:
+    """Pool the raw output of a layer to one vector per sample.
+
+    ==================  =======================================================================
+    shape of ``feat``   result
+    ==================  =======================================================================
+    ``(B, D)``          ``feat`` itself, not a copy
+    ``(B, N, D)``       tokens: the CLS token, or the mean of the tokens after the prefix
+    ``(B, C, H, W)``    global average pool, ``(B, C)``
+    ``(B, H, W, C)``    with ``channels_last=True``: global average pool, ``(B, C)``
+    ==================  =======================================================================
+
+    The rank decides, so the output of a 1-d convolution, ``(B, C, L)``, would be read as tokens:
+    pool it first. Differentiable, keeps the dtype, traces under ``torch.compile(fullgraph=True)``.
+
+    Args:
+        feat: a floating-point tensor of 2, 3 or 4 dimensions.
+        pool: for tokens only: ``"cls"`` takes the first token, ``"mean"`` the mean of the tokens
+            after the prefix. None: ``"cls"`` if there is a prefix, else ``"mean"``.
+        num_prefix_tokens: for tokens only: how many tokens of the N are no image patches, the CLS
+            token first (``model.num_prefix_tokens`` in timm: CLS and registers). 0 says that there
+            is no CLS token; so for ``forward_intermediates(..., output_fmt="NLC")``, which cuts
+            the prefix off.
+        channels_last: for maps only: the *shape* is (B, H, W, C), as in Swin. It has nothing to do
+            with ``torch.channels_last``, which is a memory format of (B, C, H, W).
+
+    Raises:
+        TypeError: ``feat`` is not a floating-point tensor.
+        ValueError: another rank, no positions to pool over, an unknown ``pool``, a CLS token asked
+            for where there is none, or a ``num_prefix_tokens`` that N does not allow.
+
+    Example:
+        >>> to_vec(torch.ones(2, 64, 7, 7)).shape
+        torch.Size([2, 64])
+        >>> to_vec(torch.ones(2, 201, 32), pool="mean", num_prefix_tokens=5).shape
+        torch.Size([2, 32])
+    """
+    if not isinstance(feat, Tensor):
+        raise TypeError(
+            f"feat must be one tensor, got {type(feat).__name__}: of a layer with several outputs "
+            "pass the one to regularize"
+        )
+    if not feat.is_floating_point():
+        raise TypeError(f"feat must be floating-point, got {feat.dtype} of {_shape(feat)}")
+    if pool not in (None, "cls", "mean"):
+        raise ValueError(f"pool must be 'cls', 'mean' or None, got {pool!r}")
+    if feat.ndim == 2:
+        return feat
+    if feat.ndim == 3:
+        return _pool_tokens(feat, pool, num_prefix_tokens)
+    if feat.ndim != 4:
+        raise ValueError(
+            "feat must be (B, D), tokens (B, N, D), a map (B, C, H, W), or with channels_last=True "
+            f"a map (B, H, W, C); got {_shape(feat)}"
+        )
+    spatial = (1, 2) if channels_last else (2, 3)
+    if feat.shape[spatial[0]] == 0 or feat.shape[spatial[1]] == 0:
+        raise ValueError(f"feat has no positions to average over: {_shape(feat)}")
+    return feat.mean(spatial)
+
+
+def _pool_tokens(feat: Tensor, pool: str | None, num_prefix_tokens: int) -> Tensor:
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must be >= 0, got {num_prefix_tokens}")
+    if pool == "cls" and num_prefix_tokens == 0:
+        raise ValueError("pool='cls' needs a CLS token, but num_prefix_tokens=0 says there is none")
+    takes_cls = pool == "cls" or (pool is None and num_prefix_tokens > 0)
+    needed = num_prefix_tokens + (0 if takes_cls else 1)
+    if feat.shape[1] < needed:
+        raise ValueError(
+            f"feat must have at least {needed} tokens for num_prefix_tokens={num_prefix_tokens}, "
+            f"got (B, N, D) = {_shape(feat)}"
+        )
+    return feat[:, 0] if takes_cls else feat[:, num_prefix_tokens:].mean(1)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+class FeatureCatcher:
+    """Keeps the outputs of chosen layers of a model, by forward hooks.
+
+    ::
+
+        catcher = FeatureCatcher(model, ["layer3", "layer4.1"])   # by dotted name, or
+        catcher.add(model.layer2, "layer2")                       # module by module
+        for images, targets in loader:
+            logits = model(images)
+            total = cross_entropy(logits, targets) + loss(catcher.feats, logits, targets)
+            total.backward()
+            catcher.clear()
+
+    It is a context manager: leaving the block, also by an exception, removes the hooks. What was
+    caught stays until :meth:`clear`.
+
+    What is caught is the raw output, still connected to the graph, of a layer's *latest* call:
+    a second forward before :meth:`clear`, or a layer used twice in one forward, replaces the
+    feature. Of a tuple, list or mapping the first tensor is taken; a layer that gives none raises
+    ``TypeError`` in its forward. Calls during a backward pass (activation checkpointing recomputes
+    there) are not caught; with ``use_reentrant=True`` the first pass runs without gradient, hence
+    so does the feature: use ``use_reentrant=False``. A forward that raises leaves the features of
+    the layers that had run; the next forward replaces them. A copied or unpickled model has no
+    live hooks, and a copied or unpickled catcher is empty.
+
+    ``torch.compile``: add the layers *before the compiled model is first called*. The hooks are
+    then part of the graph, ``fullgraph=True`` included. A layer added later is not seen by the
+    graph compiled so far (Dynamo does not guard on hooks where there were none): its feature is
+    missing until ``torch.compiler.reset()`` makes the model compile anew. Explicit features need
+    no hooks at all: return them from ``forward``, or with timm::
+
+        tokens, features = model.forward_intermediates(images, indices=3)
+        logits = model.forward_head(tokens)
+        total = cross_entropy(logits, targets) + loss(features, logits, targets)
+
+    Args:
+        model: where to look ``layers`` up.
+        layers: dotted names of modules in ``model``; each feature bears that name.
+
+    Raises:
+        TypeError, ValueError: as :meth:`add_by_name`; or ``layers`` without ``model`` or reversed.
+    """
+
+    def __init__(self, model: nn.Module | None = None, layers: Iterable[str] = ()) -> None:
+        self._slots: dict[str, _Slot] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+        if isinstance(layers, str):
+            raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
+        names = list(layers)
+        if (model is None) != (not names):
+            raise ValueError("model and layers go together: FeatureCatcher(model, ['layer4', ...])")
+        if model is not None:
+            try:
+                for name in names:
+                    self.add_by_name(model, name)
+            except Exception:
+                self.remove()
+                raise
+
+    def add(self, module: nn.Module, name: str | None = None) -> FeatureCatcher:
+        """Catch the output of ``module`` from now on, as ``feats[name]``.
+
+        Args:
+            module: any module that is called in the forward.
+            name: key of the feature; None gives the class name and a number, ``"BasicBlock_0"``.
+
+        Returns:
+            The catcher itself.
+
+        Raises:
+            TypeError: ``module`` is no ``nn.Module`` or ``name`` no string.
+            ValueError: the name is taken, or ``module`` is a container that is never called.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+        if name is None:
+            name = f"{type(module).__name__}_{len(self._handles)}"
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        if name in self._handles:
+            raise ValueError(f"name {name!r} is already in use; layers: {_list(self._handles)}")
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            raise ValueError(
+                f"module {name!r} is a {type(module).__name__}, which is never called; "
+                "add one of its members"
+            )
+        slot = _Slot(name)
+        self._slots.pop(name, None)  # left by a removed layer of that name
+        self._slots[name] = slot
+        self._handles[name] = module.register_forward_hook(slot)
+        return self
+
+    def add_by_name(self, model: nn.Module, name: str) -> FeatureCatcher:
+        """Catch the output of the layer of ``model`` with this dotted name, e.g. ``"blocks.11"``.
+
+        Of a compiled model the names of the original one are meant. Returns the catcher itself.
+
+        Raises:
+            TypeError: ``model`` is no ``nn.Module``.
+            ValueError: no such layer (the error lists those with similar names), or as :meth:`add`.
+        """
+        return self.add(_find(model, name), name)
+
+    @property
+    def feats(self) -> Features:
+        """The features of the layers that ran since the last :meth:`clear`, in the order of
+        :meth:`add`: a new dict, name -> tensor. A name that is not in it raises ``KeyError``."""
+        caught = {n: s.output for n, s in self._slots.items() if s.output is not None}
+        return Features(caught, tuple(self._handles))
+
+    def clear(self) -> None:
+        """Forget the features, hence free the memory; the hooks stay."""
+        for slot in self._slots.values():
+            slot.output = None
+
+    def remove(self) -> None:
+        """Remove the hooks; the features stay until :meth:`clear`. May be called twice."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> FeatureCatcher:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __reduce__(self) -> tuple[type[FeatureCatcher], tuple[()]]:
+        return FeatureCatcher, ()
+
+    def __repr__(self) -> str:
+        return f"FeatureCatcher(layers: {_list(self._handles)}; caught: {_list(self.feats)})"
+
+
+class Features(dict[str, Tensor]):
+    """A dict of features by layer name; its ``KeyError`` says which layers did run."""
+
+    def __init__(self, caught: Mapping[str, Tensor], hooked: tuple[str, ...]) -> None:
+        super().__init__(caught)
+        self._hooked = hooked
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self._hooked:
+            raise KeyError(f"layer {name!r} is not hooked; layers hooked: {_list(self._hooked)}")
+        raise KeyError(
+            f"layer {name!r} has not run since it was added or cleared; layers that ran: "
+            f"{_list(self)}. If the compiled model was called before the layer was added, "
+            "call torch.compiler.reset()"
+        )
+
+
+class _Slot:
+    """The forward hook of one layer, and its latest output.
+
+    Writing an attribute, not a shared dict, leaves ``torch.compile`` no state to guard on, so
+    whether the features were cleared never causes a recompilation.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.output: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a recomputation inside a backward pass, whose output nobody would clear
+        self.output = _first_tensor(output, self.name)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    """What a copied or unpickled model has in place of its original's hooks."""
+    return _ignore
+
+
+def _ignore(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    return None
+
+
+def _first_tensor(output: object, name: str) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    parts: Iterable[object] = ()
+    if isinstance(output, Mapping):
+        parts = output.values()
+    elif isinstance(output, tuple | list):
+        parts = output
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    raise TypeError(
+        f"layer {name!r} must give a tensor, or a tuple, list or mapping with one in it; "
+        f"got {type(output).__name__}"
+    )
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"a layer name must be a string, got {type(name).__name__}")
+    # torch.compile wraps a module; its layers keep their names.
+    modules: dict[str, nn.Module] = {
+        path.replace("_orig_mod.", ""): module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and not path.endswith("_orig_mod")
+    }
+    if name in modules:
+        return modules[name]
+    similar = difflib.get_close_matches(name, modules, n=5)
+    top = [path for path in modules if "." not in path]
+    hint = f"did you mean {_list(similar)}?" if similar else f"top-level layers: {_list(top)}"
+    raise ValueError(f"{type(model).__name__} has no layer {name!r}; {hint}")
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
