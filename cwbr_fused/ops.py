@@ -159,12 +159,12 @@ class Regularizer(torch.autograd.Function):
         backend: str,
         *features: Tensor,
     ) -> Tensor:
+        value: Tensor
+        value: Tensor
         value, mean, var, distance = OPERATIONS[backend].regularizer(
             features, order, offsets, pairs, weights, eps, log
         )
-        ctx.save_for_backward(
-            *features, *mean, *var, distance, order, offsets, pairs, weights
-        )
+        ctx.save_for_backward(*features, *mean, *var, distance, order, offsets, pairs, weights)
         ctx.eps, ctx.log, ctx.backend, ctx.layers = eps, log, backend, len(features)
         return value
 

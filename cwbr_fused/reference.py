@@ -2,8 +2,9 @@
 
 Every operation of the package is here under its own name, as short as the mathematics, on any
 device and in any floating dtype, differentiable by ordinary autograd (also twice). The second
-half holds the public functions; `cwbr_fused.<name>` and `cwbr_fused.functional.<name>` compute
-the same with faster kernels.
+half holds the public functions, with the signatures of `cwbr_fused.loss` and
+`cwbr_fused.functional.*`, which compute the same with faster kernels and checked arguments; here
+`backend` and `group` are accepted so that calls can be swapped, and change nothing.
 
 Notation: B samples, D dimensions, C classes, K class groups, M pairs. Half-precision inputs are
 accumulated in float32, float64 in float64.
@@ -11,11 +12,12 @@ accumulated in float32, float64 in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from cwbr_fused.features import to_vec
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,9 +72,7 @@ def _group_means(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     return torch.where(used[:, None], sums / sizes[:, None], 0)
 
 
-def class_moments(
-    z: Tensor, order: Tensor, offsets: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def class_moments(z: Tensor, order: Tensor, offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and clamped biased variance of each class group, by two passes.
 
     `mean_k = E[z]`, `var_k = max(E[(z - mean_k)^2], eps)` over the samples of group k.
@@ -111,6 +111,13 @@ def confusion_weights(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
     return torch.where(pair_used, alpha, 0)
 
 
+def upper_pairs(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows i and columns j > i of a (K, K) matrix, in lexicographic order."""
+    groups = alpha.shape[0]
+    i, j = torch.triu_indices(groups, groups, 1, device=alpha.device)
+    return i, j
+
+
 def top_pairs(alpha: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
     """The pairs i < j of largest weight; ties go to the smaller (i, j), NaN counts as largest.
 
@@ -122,7 +129,7 @@ def top_pairs(alpha: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
         pairs: (M, 2) int64 with M = min(top_m, K (K - 1) / 2), by falling weight.
         weights: (M,).
     """
-    i, j = torch.triu_indices(*alpha.shape, offset=1, device=alpha.device)
+    i, j = upper_pairs(alpha)
     weights, rank = torch.sort(alpha[i, j], descending=True, stable=True)
     chosen = rank[:top_m]
     return torch.stack([i[chosen], j[chosen]], dim=1), weights[:top_m]
@@ -184,7 +191,7 @@ def all_pair_distance(mean: Tensor, var: Tensor, eps: float) -> Tensor:
         _distance(mean_i[:, None], u_i[:, None], mean[None], u[None])
         for mean_i, u_i in zip(mean.split(sizes), u.split(sizes), strict=True)
     ]
-    return torch.cat(blocks) if blocks else mean.new_zeros(0, 0)
+    return torch.cat(blocks) if blocks else mean @ mean.T
 
 
 def overlap(distance: Tensor, weights: Tensor, eps: float, log: bool) -> Tensor:
@@ -209,7 +216,7 @@ def overlap(distance: Tensor, weights: Tensor, eps: float, log: bool) -> Tensor:
 
 def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
     """`overlap` over all pairs i < j with weights alpha (K, K), a scalar. No gradient to alpha."""
-    i, j = torch.triu_indices(*alpha.shape, offset=1, device=alpha.device)
+    i, j = upper_pairs(alpha)
     return overlap(all_pair_distance(mean, var, eps)[i, j], alpha.detach()[i, j], eps, log)
 
 
@@ -238,3 +245,91 @@ def regularizer(
     distance = torch.stack([pair_distance(mean, var, pairs, eps) for mean, var in moments])
     value = overlap(distance, weights, eps, log).mean()
     return value, [mean for mean, _ in moments], [var for _, var in moments], distance
+
+
+def class_stats_diag(
+    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `cwbr_fused.functional.class_stats_diag`."""
+    order, offsets, classes = group_by_class(y, min_count)
+    mean, var = class_moments(z, order, offsets, eps)
+    used = int((classes >= 0).sum())
+    group = sample_groups(order, offsets)
+    inv = torch.where(group < used, group, -1)
+    return classes[:used], mean[:used], var[:used], offsets.diff()[:used], inv
+
+
+def groups_of_inverse(inv: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The `order` and `offsets` of samples whose group is known: inv (B,), -1 for no group."""
+    group = torch.where(inv < 0, groups, inv)
+    sizes = torch.bincount(group, minlength=groups + 1)[:groups]
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return torch.sort(group, stable=True).indices, offsets
+
+
+def confusion_alpha(
+    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """See `cwbr_fused.functional.confusion_alpha`."""
+    order, offsets = groups_of_inverse(inv, classes.shape[0])
+    return confusion_weights(logits.detach(), order, offsets, classes)
+
+
+def bhattacharyya_diag(
+    mu: Tensor, var: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """See `cwbr_fused.functional.bhattacharyya_diag`."""
+    distance = all_pair_distance(mu, var, eps)
+    return distance, torch.exp(-distance)
+
+
+def bhat_confusion_loss(
+    mu: Tensor,
+    var: Tensor,
+    alpha: Tensor,
+    top_m: int | None = 64,
+    eps: float = 1e-6,
+    *,
+    objective: str = "overlap",
+    backend: str = "auto",
+) -> Tensor:
+    """See `cwbr_fused.functional.bhat_confusion_loss`."""
+    log = objective == "log_overlap"
+    if top_m is None:
+        return weighted_overlap(mu, var, alpha, eps, log)
+    pairs, weights = top_pairs(alpha.detach(), top_m)
+    return overlap(pair_distance(mu, var, pairs, eps), weights, eps, log)
+
+
+def loss(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    top_m: int | None = 64,
+    min_count: int = 2,
+    eps: float = 1e-6,
+    objective: str = "overlap",
+    backend: str = "auto",
+    group: object = None,
+) -> Tensor:
+    """See `cwbr_fused.loss`."""
+    layers = features.values() if isinstance(features, Mapping) else features
+    groups = group_by_class(targets, min_count)
+    alpha = confusion_weights(logits.detach(), *groups)
+    values = [
+        bhat_confusion_loss(
+            *class_moments(to_vec(layer), *groups[:2], eps), alpha, top_m, eps, objective=objective
+        )
+        for layer in ([layers] if isinstance(layers, Tensor) else layers)
+    ]
+    return torch.stack(values).mean()
+
+
+def scale_match(
+    ce: Tensor, reg: Tensor, eps: float = 1e-6, *, objective: str = "overlap"
+) -> Tensor:
+    """See `cwbr_fused.scale_match`."""
+    if objective == "log_overlap":
+        return ce + ce.detach() * (reg - reg.detach())
+    return ce + (ce / (reg + eps)).detach() * reg

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cwbr_fused.reference import all_pair_distance, row_blocks, sample_groups
+from cwbr_fused.reference import all_pair_distance, row_blocks, sample_groups, upper_pairs
 
 
 def class_moments_backward(
@@ -102,7 +102,7 @@ def weighted_overlap_backward(
 
     A streaming kernel needs `value`: with `log` a pair's share is `w exp(-D - value) / sum(w)`.
     """
-    i, j = torch.triu_indices(*alpha.shape, offset=1, device=alpha.device)
+    i, j = upper_pairs(alpha)
     distance = all_pair_distance(mean, var, eps)
     grad_distance = torch.zeros_like(distance)
     grad_distance[i, j] = overlap_backward(grad, distance[i, j], alpha[i, j], eps, log)

@@ -1,0 +1,176 @@
+"""The steps of the regularizer one by one, on any backend, for those who build their own.
+
+    classes, mu, var, counts, inv = class_stats_diag(z, y)
+    alpha = confusion_alpha(logits, y, classes, inv)
+    loss = bhat_confusion_loss(mu, var, alpha, top_m=64)
+
+computes what `cwbr_fused.loss(z, logits, y)` does in fewer kernels. The number of classes in the
+batch is a shape here, so on a GPU `class_stats_diag` waits for it; `cwbr_fused.loss` does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cwbr_fused import backends, reference, validation
+from cwbr_fused.ops import (
+    OPERATIONS,
+    AllPairDistance,
+    ClassMoments,
+    PairDistance,
+    WeightedOverlap,
+)
+
+
+def class_stats_diag(
+    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean and biased diagonal variance of each class of a batch.
+
+    Args:
+        z: (B, D) features; gradients of mu and var flow to it.
+        y: (B,) integer classes.
+        eps: variances are at least this.
+        min_count: classes with fewer samples are left out.
+        backend: see `cwbr_fused.loss`.
+
+    Returns:
+        classes: (K,) int64, ascending.
+        mu, var: (K, D) each, float32 (float64 for float64 features).
+        counts: (K,) int64 samples of each class.
+        inv: (B,) int64 with `classes[inv] == y`; -1 for samples of classes left out.
+    """
+    validation.check_float_tensor("z", z, "(B, D)")
+    validation.check_index_tensor(
+        "y", y, z.shape[0], f"(B,) = ({z.shape[0]},), as z has B = {z.shape[0]}"
+    )
+    validation.check_same_device("y", y, "z", z)
+    validation.check_eps(eps)
+    validation.check_positive_int("min_count", min_count)
+    name = backends.resolve(backend, z.device.type)
+    order, offsets, classes = OPERATIONS[name].group_by_class(y, min_count)
+    mean, var = ClassMoments.apply(z, order, offsets, eps, name)
+    used = int((classes != -1).sum())
+    group = reference.sample_groups(order, offsets)
+    inv = torch.where(group < used, group, -1)
+    return classes[:used], mean[:used], var[:used], offsets.diff()[:used], inv
+
+
+def confusion_alpha(
+    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """How much softmax mass the classes of a batch lend each other; no gradient.
+
+    `alpha = (P + P^T)/2` with a zero diagonal, `P[k, j]` the mean of `softmax(logits)[:, j]` over
+    the samples of class k, for the classes of the batch.
+
+    Args:
+        logits: (B, C).
+        y: (B,) integer classes.
+        classes, inv: (K,) and (B,), from `class_stats_diag`.
+        backend: see `cwbr_fused.loss`.
+
+    Returns:
+        alpha: (K, K), float32 (float64 for float64 logits).
+    """
+    validation.check_batch(logits, y)
+    batch = logits.shape[0]
+    validation.check_index_tensor("classes", classes, None, "(K,)")
+    validation.check_index_tensor("inv", inv, batch, f"(B,) = ({batch},), as logits has")
+    for label, value in (("classes", classes), ("inv", inv)):
+        validation.check_same_device(label, value, "logits", logits)
+    columns, groups = logits.shape[1], classes.shape[0]
+    validation.check_range("classes", classes, 0, columns, f"as logits has C = {columns} columns")
+    validation.check_range("inv", inv, -1, groups, f"as classes has K = {groups}")
+    name = backends.resolve(backend, logits.device.type)
+    order, offsets = reference.groups_of_inverse(inv, groups)
+    alpha: Tensor = OPERATIONS[name].confusion_weights(logits.detach(), order, offsets, classes)
+    return alpha
+
+
+def _check_moments(mu: Tensor, var: Tensor, eps: float) -> None:
+    validation.check_float_tensor("mu", mu, "(K, D)")
+    validation.check_float_tensor("var", var, "(K, D)")
+    if mu.shape != var.shape or mu.dtype != var.dtype:
+        raise ValueError(
+            "var: expected the shape and dtype of mu, a "
+            f"{validation.describe(mu)}, got {validation.describe(var)}"
+        )
+    validation.check_same_device("var", var, "mu", mu)
+    validation.check_eps(eps)
+
+
+def _accumulated(mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the accumulation dtype, which the pair kernels take."""
+    dtype = reference.accumulation_dtype(mu.dtype)
+    return mu.to(dtype), var.to(dtype)
+
+
+def bhattacharyya_diag(
+    mu: Tensor, var: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Bhattacharyya distance and overlap of all pairs of diagonal Gaussians.
+
+    `D_ij = sum_d (mu_i - mu_j)^2/(8 s) + log(s)/2 - log(u_i)/4 - log(u_j)/4` with `u = var + eps`
+    and `s = (u_i + u_j)/2`; `rho = exp(-D)`. The K x K x D tensor is never made.
+
+    Args:
+        mu, var: (K, D) each; gradients flow to both.
+        eps: added to the variances.
+        backend: see `cwbr_fused.loss`.
+
+    Returns:
+        D, rho: (K, K) each, symmetric, with diagonals 0 and 1.
+    """
+    _check_moments(mu, var, eps)
+    name = backends.resolve(backend, mu.device.type)
+    distance = AllPairDistance.apply(*_accumulated(mu, var), eps, name)
+    return distance, torch.exp(-distance)
+
+
+def bhat_confusion_loss(
+    mu: Tensor,
+    var: Tensor,
+    alpha: Tensor,
+    top_m: int | None = 64,
+    eps: float = 1e-6,
+    *,
+    objective: str = "overlap",
+    backend: str = "auto",
+) -> Tensor:
+    """Confusion-weighted overlap of one layer: `sum(alpha rho) / max(sum(alpha), eps)`.
+
+    Over the `top_m` pairs i < j of largest alpha, ties to the smaller (i, j); over all pairs, never
+    stored, when `top_m` is None or there are no more. No gradient to alpha.
+
+    Args:
+        mu, var: (K, D) each; gradients flow to both.
+        alpha: (K, K) symmetric; its upper triangle is read.
+        top_m: how many pairs; None for all.
+        eps: added to the variances, and the smallest normaliser.
+        objective, backend: see `cwbr_fused.loss`.
+
+    Returns:
+        A scalar.
+    """
+    validation.check_options(top_m, eps, objective)
+    _check_moments(mu, var, eps)
+    groups = mu.shape[0]
+    validation.check_float_tensor("alpha", alpha, "(K, K)")
+    if alpha.shape != (groups, groups):
+        raise ValueError(
+            f"alpha: expected shape (K, K) = ({groups}, {groups}), as mu has K = {groups}, "
+            f"got {validation.describe(alpha)}"
+        )
+    validation.check_same_device("alpha", alpha, "mu", mu)
+    name = backends.resolve(backend, mu.device.type)
+    mean, variance = _accumulated(mu, var)
+    alpha = alpha.detach().to(mean.dtype)
+    log = objective == "log_overlap"
+    if top_m is None or top_m >= groups * (groups - 1) // 2:
+        value: Tensor = WeightedOverlap.apply(mean, variance, alpha, eps, log, name)
+        return value
+    pairs, weights = OPERATIONS[name].top_pairs(alpha, top_m)
+    distance = PairDistance.apply(mean, variance, pairs, eps, name)
+    return reference.overlap(distance, weights, eps, log)

@@ -1,0 +1,83 @@
+"""The regularizer as a module, for features caught by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from cwbr_fused import backends, validation
+from cwbr_fused.losses import loss
+
+
+class ConfusionWeightedBhatReg(nn.Module):
+    """`cwbr_fused.loss` over the named layers of a mapping of features.
+
+        catcher = FeatureCatcher()
+        catcher.add(model.layer3, "layer3").add(model.layer4, "layer4")
+        regularizer = ConfusionWeightedBhatReg(["layer3", "layer4"])
+        logits = model(images)
+        reg = regularizer(catcher.feats, logits, targets)
+
+    Args:
+        layer_names: keys of the features to use; others are ignored.
+        top_m, eps, min_count, objective, backend, group: see `cwbr_fused.loss`.
+    """
+
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        top_m: int | None = 64,
+        eps: float = 1e-6,
+        *,
+        min_count: int = 2,
+        objective: str = "overlap",
+        backend: str = "auto",
+        group: object = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(layer_names, str) or not all(isinstance(n, str) for n in layer_names):
+            raise TypeError(f"layer_names: expected a sequence of names, got {layer_names!r}")
+        if len(layer_names) == 0 or len(set(layer_names)) != len(layer_names):
+            raise ValueError(f"layer_names: expected distinct names, got {layer_names!r}")
+        validation.check_options(top_m, eps, objective, min_count)
+        backends.check(backend)
+        self.layer_names = tuple(layer_names)
+        self.top_m, self.eps, self.min_count = top_m, eps, min_count
+        self.objective, self.backend, self.group = objective, backend, group
+
+    def forward(self, features: Mapping[str, Tensor], logits: Tensor, y: Tensor) -> Tensor:
+        """The regularizer, a scalar.
+
+        Args:
+            features: raw layer outputs by name, such as `FeatureCatcher().feats`.
+            logits: (B, C).
+            y: (B,) integer classes.
+
+        Raises:
+            ValueError: a layer is missing from `features`.
+        """
+        if not isinstance(features, Mapping):
+            raise TypeError(
+                f"features: expected a mapping of tensors, got {validation.describe(features)}"
+            )
+        missing = [name for name in self.layer_names if name not in features]
+        if missing:
+            raise ValueError(f"features: expected layers {missing}, got {sorted(features)}")
+        return loss(
+            {name: features[name] for name in self.layer_names},
+            logits,
+            y,
+            top_m=self.top_m,
+            min_count=self.min_count,
+            eps=self.eps,
+            objective=self.objective,
+            backend=self.backend,
+            group=self.group,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"layer_names={self.layer_names}, top_m={self.top_m}, eps={self.eps}, "
+            f"min_count={self.min_count}, objective={self.objective!r}, backend={self.backend!r}"
+        )

@@ -1,0 +1,140 @@
+"""Argument checks: each error names the argument, what it was, and what was expected.
+
+They run before any kernel starts and never wait for a GPU: the range of the targets is read on the
+CPU only; GPU kernels assert it on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cwbr_fused.features import to_vec
+
+OBJECTIVES = ("overlap", "log_overlap")
+
+
+def describe(value: object) -> str:
+    """A short account of what an argument was."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_float_tensor(name: str, value: object, shape: str) -> None:
+    """A floating-point tensor with as many dimensions as `shape`, such as "(K, D)", names."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
+    if value.dim() != shape.count(",") + 1 - shape.count(",)"):
+        raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
+
+
+def check_index_tensor(name: str, value: object, length: int | None, what: str) -> None:
+    """A (length,) integer tensor; `what` says which length was expected and why."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {what}, got {describe(value)}")
+    if value.dim() != 1 or (length is not None and value.shape[0] != length):
+        hint = ""
+        if value.dim() == 2 and value.dtype.is_floating_point:
+            hint = "; soft targets are not supported, pass class indices"
+        raise ValueError(f"{name}: expected shape {what}, got {describe(value)}{hint}")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer dtype, got {describe(value)}")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_eps(eps: object) -> None:
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps: expected a number, got {describe(eps)}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
+
+
+def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int{otherwise}, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1{otherwise}, got {value!r}")
+
+
+def check_options(top_m: object, eps: object, objective: object, min_count: object = 1) -> None:
+    if top_m is not None:
+        check_positive_int("top_m", top_m, " or None for all pairs")
+    check_positive_int("min_count", min_count)
+    check_eps(eps)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+
+
+def check_batch(logits: object, targets: object) -> None:
+    """logits (B, C) and targets (B,) in [0, C), on one device."""
+    check_float_tensor("logits", logits, "(B, C)")
+    assert isinstance(logits, Tensor)
+    batch, classes = logits.shape
+    check_index_tensor("targets", targets, batch, f"(B,) = ({batch},), as logits has B = {batch}")
+    assert isinstance(targets, Tensor)
+    check_same_device("targets", targets, "logits", logits)
+    check_range("targets", targets, 0, classes, f"as logits has C = {classes} columns")
+
+
+def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> None:
+    """low <= values < high. Reads the values, so it looks only at those on the CPU."""
+    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+        return
+    smallest, largest = (int(bound) for bound in values.aminmax())
+    if smallest < low or largest >= high:
+        raise ValueError(
+            f"{name}: expected values in [{low}, {high}), {why}, "
+            f"got values from {smallest} to {largest}"
+        )
+
+
+def feature_vectors(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+) -> list[Tensor]:
+    """One (B, D) vector tensor per layer, from whatever form the features came in."""
+    if isinstance(features, Tensor):
+        named = [("features", features)]
+    elif isinstance(features, Mapping):
+        named = [(f"features[{name!r}]", layer) for name, layer in features.items()]
+    elif isinstance(features, Sequence) and not isinstance(features, str):
+        named = [(f"features[{index}]", layer) for index, layer in enumerate(features)]
+    else:
+        raise TypeError(
+            "features: expected a tensor, a sequence or a mapping of tensors, "
+            f"got {describe(features)}"
+        )
+    if not named:
+        raise ValueError(f"features: expected at least one layer, got an empty {type(features)}")
+    return [_feature_vector(name, layer, logits) for name, layer in named]
+
+
+def _feature_vector(name: str, layer: object, logits: Tensor) -> Tensor:
+    if not isinstance(layer, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(layer)}")
+    if layer.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"{name}: expected shape (B, D), (B, N, D) or (B, C, H, W), got {describe(layer)}"
+        )
+    if not layer.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(layer)}")
+    batch = logits.shape[0]
+    if layer.shape[0] != batch:
+        raise ValueError(
+            f"{name}: expected B = {batch} samples, as logits has, got {describe(layer)}"
+        )
+    if 0 in layer.shape[1:]:
+        raise ValueError(f"{name}: expected no empty dimension but B, got {describe(layer)}")
+    check_same_device(name, layer, "logits", logits)
+    return to_vec(layer)

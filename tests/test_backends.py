@@ -1,0 +1,50 @@
+"""The choice of backend explains itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from cwbr_fused import backends
+
+
+def test_auto_takes_the_first_that_is_not_rejected() -> None:
+    usable = [n for n in backends.NAMES if backends.rejection(n, "cpu") is None]
+    assert backends.resolve("auto", "cpu") == usable[0]
+    assert usable[-1] == "reference"
+
+
+def test_an_unknown_device_gets_the_reference() -> None:
+    assert backends.resolve("auto", "meta") == "reference"
+
+
+def test_environment_overrides_auto_but_no_explicit_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CWBR_BACKEND", "reference")
+    assert backends.resolve("auto", "cpu") == "reference"
+    monkeypatch.setenv("CWBR_BACKEND", "nonsense")
+    assert backends.resolve("reference", "cpu") == "reference"
+    with pytest.raises(ValueError, match=r"CWBR_BACKEND: expected 'auto' or one of .*'nonsense'"):
+        backends.resolve("auto", "cpu")
+
+
+def test_explain_has_a_verdict_for_every_backend() -> None:
+    for device in ("cpu", "cuda"):
+        lines = backends.explain(device).splitlines()
+        assert [line.split()[0] for line in lines] == list(backends.NAMES)
+        assert sum("chosen" in line for line in lines) == 1
+        for line, name in zip(lines, backends.NAMES, strict=True):
+            reason = backends.rejection(name, device)
+            assert (reason or "") in line
+
+
+def test_importing_the_package_needs_no_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, cwbr_fused\n"
+        "z, y = torch.randn(8, 3), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])\n"
+        "assert cwbr_fused.loss(z, torch.randn(8, 4), y).isfinite()\n"
+        "assert 'not installed' in cwbr_fused.backends.explain('cuda')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
