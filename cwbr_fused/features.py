@@ -21,33 +21,31 @@ def to_vec(
 ) -> Tensor:
     """Pool the raw output of a layer to one vector per sample.
 
-    ==================  =======================================================================
-    shape of ``feat``   result
-    ==================  =======================================================================
-    ``(B, D)``          ``feat`` itself, not a copy
-    ``(B, N, D)``       tokens: the CLS token, or the mean of the tokens after the prefix
-    ``(B, C, H, W)``    global average pool, ``(B, C)``
-    ``(B, H, W, C)``    with ``channels_last=True``: global average pool, ``(B, C)``
-    ==================  =======================================================================
+    | shape of `feat` | result |
+    |---|---|
+    | (B, D) | `feat` itself, not a copy |
+    | (B, N, D) | tokens: the CLS token, or the mean of the tokens after the prefix |
+    | (B, C, H, W) | (B, C), the global average pool |
+    | (B, H, W, C) | with `channels_last=True`: (B, C), the global average pool |
 
-    The rank decides, so the output of a 1-d convolution, ``(B, C, L)``, would be read as tokens:
-    pool it first. Differentiable, keeps the dtype, traces under ``torch.compile(fullgraph=True)``.
+    The rank decides, so the output of a 1-d convolution, (B, C, L), would be read as tokens: pool
+    it first. Differentiable, keeps the dtype, traces under `torch.compile(fullgraph=True)`.
 
     Args:
         feat: a floating-point tensor of 2, 3 or 4 dimensions.
-        pool: for tokens only: ``"cls"`` takes the first token, ``"mean"`` the mean of the tokens
-            after the prefix. None: ``"cls"`` if there is a prefix, else ``"mean"``.
+        pool: for tokens only: `"cls"` takes the first token, `"mean"` the mean of the tokens
+            after the prefix. None: `"cls"` if there is a prefix, else `"mean"`.
         num_prefix_tokens: for tokens only: how many tokens of the N are no image patches, the CLS
-            token first (``model.num_prefix_tokens`` in timm: CLS and registers). 0 says that there
-            is no CLS token; so for ``forward_intermediates(..., output_fmt="NLC")``, which cuts
+            token first (`model.num_prefix_tokens` in timm: CLS and registers). 0 says that there
+            is no CLS token; so for `forward_intermediates(..., output_fmt="NLC")`, which cuts
             the prefix off.
         channels_last: for maps only: the *shape* is (B, H, W, C), as in Swin. It has nothing to do
-            with ``torch.channels_last``, which is a memory format of (B, C, H, W).
+            with `torch.channels_last`, which is a memory format of (B, C, H, W).
 
     Raises:
-        TypeError: ``feat`` is not a floating-point tensor.
-        ValueError: another rank, no positions to pool over, an unknown ``pool``, a CLS token asked
-            for where there is none, or a ``num_prefix_tokens`` that N does not allow.
+        TypeError: `feat` is not a floating-point tensor.
+        ValueError: another rank, no positions to pool over, an unknown `pool`, a CLS token asked
+            for where there is none, or a `num_prefix_tokens` that N does not allow.
 
     Example:
         >>> to_vec(torch.ones(2, 64, 7, 7)).shape
@@ -101,44 +99,45 @@ def _shape(tensor: Tensor) -> str:
 class FeatureCatcher:
     """Keeps the outputs of chosen layers of a model, by forward hooks.
 
-    ::
-
-        catcher = FeatureCatcher(model, ["layer3", "layer4.1"])   # by dotted name, or
-        catcher.add(model.layer2, "layer2")                       # module by module
+        catcher = FeatureCatcher(model, ["layer3", "layer4.1"])  # by dotted name, or
+        catcher.add(model.layer2, "layer2")                      # module by module
         for images, targets in loader:
             logits = model(images)
-            total = cross_entropy(logits, targets) + loss(catcher.feats, logits, targets)
-            total.backward()
+            ce = cross_entropy(logits, targets)
+            scale_match(ce, loss(catcher.feats, logits, targets)).backward()
             catcher.clear()
 
     It is a context manager: leaving the block, also by an exception, removes the hooks. What was
-    caught stays until :meth:`clear`.
+    caught stays until `clear`. What is caught is the raw output, connected to the graph:
 
-    What is caught is the raw output, still connected to the graph, of a layer's *latest* call:
-    a second forward before :meth:`clear`, or a layer used twice in one forward, replaces the
-    feature. Of a tuple, list or mapping the first tensor is taken; a layer that gives none raises
-    ``TypeError`` in its forward. Calls during a backward pass (activation checkpointing recomputes
-    there) are not caught; with ``use_reentrant=True`` the first pass runs without gradient, hence
-    so does the feature: use ``use_reentrant=False``. A forward that raises leaves the features of
-    the layers that had run; the next forward replaces them. A copied or unpickled model has no
-    live hooks, and a copied or unpickled catcher is empty.
+    - Of a layer that was called twice since `clear`, in one forward or in two, the latest call.
+    - Of a tuple, list or mapping, the first tensor in it. If there is none, the forward raises
+      `TypeError`.
+    - Of a forward that raised, the layers that had run; the next forward replaces them.
+    - Nothing of a backward pass, where activation checkpointing runs layers again. With
+      `use_reentrant=True` their first run has no gradient, so neither has the feature: use
+      `use_reentrant=False`.
+    - Of a layer whose output the model then changes in place, as torchvision's residual blocks
+      change that of `bn2`, the changed output.
 
-    ``torch.compile``: add the layers *before the compiled model is first called*. The hooks are
-    then part of the graph, ``fullgraph=True`` included. A layer added later is not seen by the
-    graph compiled so far (Dynamo does not guard on hooks where there were none): its feature is
-    missing until ``torch.compiler.reset()`` makes the model compile anew. Explicit features need
-    no hooks at all: return them from ``forward``, or with timm::
+    A copied or unpickled model has no live hooks; a copied or unpickled catcher is empty.
+
+    `torch.compile`: add the layers *before the compiled model is first called*. The hooks are then
+    part of its graph, `fullgraph=True` included. A layer that is added later is missing until
+    `torch.compiler.reset()` makes the model compile anew, since Dynamo does not guard on hooks
+    where there were none. Explicit features need no hooks at all: return them from `forward`, or
+    with timm
 
         tokens, features = model.forward_intermediates(images, indices=3)
         logits = model.forward_head(tokens)
-        total = cross_entropy(logits, targets) + loss(features, logits, targets)
+        reg = loss(features, logits, targets)
 
     Args:
-        model: where to look ``layers`` up.
-        layers: dotted names of modules in ``model``; each feature bears that name.
+        model: where to look `layers` up.
+        layers: dotted names of modules in `model`; each feature bears that name.
 
     Raises:
-        TypeError, ValueError: as :meth:`add_by_name`; or ``layers`` without ``model`` or reversed.
+        TypeError, ValueError: as `add_by_name`; or `layers` without `model` or reversed.
     """
 
     def __init__(self, model: nn.Module | None = None, layers: Iterable[str] = ()) -> None:
@@ -158,18 +157,18 @@ class FeatureCatcher:
                 raise
 
     def add(self, module: nn.Module, name: str | None = None) -> FeatureCatcher:
-        """Catch the output of ``module`` from now on, as ``feats[name]``.
+        """Catch the output of `module` from now on, as `feats[name]`.
 
         Args:
             module: any module that is called in the forward.
-            name: key of the feature; None gives the class name and a number, ``"BasicBlock_0"``.
+            name: key of the feature; None gives the class name and a number, `"BasicBlock_0"`.
 
         Returns:
             The catcher itself.
 
         Raises:
-            TypeError: ``module`` is no ``nn.Module`` or ``name`` no string.
-            ValueError: the name is taken, or ``module`` is a container that is never called.
+            TypeError: `module` is no `nn.Module` or `name` no string.
+            ValueError: the name is taken, or `module` is a container that is never called.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -179,7 +178,8 @@ class FeatureCatcher:
             raise TypeError(f"name must be a string, got {type(name).__name__}")
         if name in self._handles:
             raise ValueError(f"name {name!r} is already in use; layers: {_list(self._handles)}")
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        is_container = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if is_container and type(module).forward is nn.Module.forward:
             raise ValueError(
                 f"module {name!r} is a {type(module).__name__}, which is never called; "
                 "add one of its members"
@@ -191,20 +191,20 @@ class FeatureCatcher:
         return self
 
     def add_by_name(self, model: nn.Module, name: str) -> FeatureCatcher:
-        """Catch the output of the layer of ``model`` with this dotted name, e.g. ``"blocks.11"``.
+        """Catch the output of the layer of `model` with this dotted name, e.g. `"blocks.11"`.
 
         Of a compiled model the names of the original one are meant. Returns the catcher itself.
 
         Raises:
-            TypeError: ``model`` is no ``nn.Module``.
-            ValueError: no such layer (the error lists those with similar names), or as :meth:`add`.
+            TypeError: `model` is no `nn.Module`.
+            ValueError: no such layer (the error lists those with similar names), or as `add`.
         """
         return self.add(_find(model, name), name)
 
     @property
     def feats(self) -> Features:
-        """The features of the layers that ran since the last :meth:`clear`, in the order of
-        :meth:`add`: a new dict, name -> tensor. A name that is not in it raises ``KeyError``."""
+        """The features of the layers that ran since the last `clear`, in the order of
+        `add`: a new dict, name -> tensor. A name that is not in it raises `KeyError`."""
         caught = {n: s.output for n, s in self._slots.items() if s.output is not None}
         return Features(caught, tuple(self._handles))
 
@@ -214,7 +214,7 @@ class FeatureCatcher:
             slot.output = None
 
     def remove(self) -> None:
-        """Remove the hooks; the features stay until :meth:`clear`. May be called twice."""
+        """Remove the hooks; the features stay until `clear`. May be called twice."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -238,7 +238,7 @@ class FeatureCatcher:
 
 
 class Features(dict[str, Tensor]):
-    """A dict of features by layer name; its ``KeyError`` says which layers did run."""
+    """A dict of features by layer name; its `KeyError` says which layers did run."""
 
     def __init__(self, caught: Mapping[str, Tensor], hooked: tuple[str, ...]) -> None:
         super().__init__(caught)
@@ -257,7 +257,7 @@ class Features(dict[str, Tensor]):
 class _Slot:
     """The forward hook of one layer, and its latest output.
 
-    Writing an attribute, not a shared dict, leaves ``torch.compile`` no state to guard on, so
+    Writing an attribute, not a shared dict, leaves `torch.compile` no state to guard on, so
     whether the features were cleared never causes a recompilation.
     """
 

@@ -14,33 +14,32 @@ from torch.utils.data import Sampler
 
 
 class PKSampler(Sampler[list[int]]):
-    """Batches of ``classes_per_batch`` distinct classes with ``samples_per_class`` samples each.
-
-    ::
+    """Batches of `classes_per_batch` distinct classes with `samples_per_class` samples each.
 
         sampler = PKSampler(dataset.targets, classes_per_batch=32, samples_per_class=4)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
-            for images, targets in loader: ...
+            for images, targets in loader:
+                ...
 
     **An epoch covers the data.** Each class shuffles its samples and deals them out K at a time,
     from the front again when they run out: within a class no sample is used twice before all are
-    used once. A class appears until its samples are used up, ``ceil(n / K)`` times, spread at
+    used once. A class appears until its samples are used up, `ceil(n / K)` times, spread at
     random over the batches, and no batch has a class twice. Places that are left over are filled
     by classes that start over: those of the last batch, and, if one class has more than about 1/P
     of all samples, those beside it, since it can only be in every batch. Such a class makes the
-    epoch long; ``drop_last=True`` cuts it short instead.
+    epoch long; `drop_last=True` cuts it short instead.
 
     **Ranks get disjoint batches** of one schedule, which every rank computes alike from the seed
     and the epoch: of batches 0, 1, 2, ... rank r takes r, r + R, r + 2R, ..., equally many on
     every rank. So P classes suffice at any world size; a class may be on two ranks in one step,
     with different samples, which only adds to statistics that are gathered over ranks. If a
-    framework shards samplers by itself, switch that off (``use_distributed_sampler=False`` in
-    Lightning) or pass ``num_replicas=1, rank=0``.
+    framework shards samplers by itself, switch that off (`use_distributed_sampler=False` in
+    Lightning) or pass `num_replicas=1, rank=0`.
 
-    As with ``DistributedSampler``, an epoch is a pure function of (seed, epoch): without
-    :meth:`set_epoch` every epoch has the same batches.
+    As with `DistributedSampler`, an epoch is a pure function of (seed, epoch): without
+    `set_epoch` every epoch has the same batches.
 
     Args:
         labels: the class of each sample of the dataset: (N,) integers >= 0 in a list, NumPy array
@@ -48,21 +47,21 @@ class PKSampler(Sampler[list[int]]):
         classes_per_batch: P, at most the number of usable classes.
         samples_per_class: K.
         seed: the same on every rank.
-        short_classes: what happens to classes of fewer than K samples. ``"replace"`` repeats their
-            samples, as evenly as possible; ``"drop"`` leaves the classes out.
-        drop_last: False: every sample is used at least once. True: no sample is used twice (of a
-            short class: its one appearance aside); the remainder of a class of n mod K samples,
-            and what does not fill a batch on every rank, is left out of this epoch.
+        short_classes: what happens to classes of fewer than K samples. `"replace"` repeats their
+            samples, as evenly as possible; `"drop"` leaves the classes out.
+        drop_last: False: every sample is used at least once. True: no sample is used twice, but in
+            the one appearance of a short class; the n mod K last samples of a class, and what does
+            not fill a batch on every rank, are left out of this epoch.
         shuffle: False: classes and samples in ascending order, every epoch alike.
-        num_replicas: world size R; None: that of ``torch.distributed`` if initialised, else 1.
-        rank: in [0, R); None: that of ``torch.distributed`` if initialised, else 0.
+        num_replicas: world size R; None: that of `torch.distributed` if initialised, else 1.
+        rank: in [0, R); None: that of `torch.distributed` if initialised, else 0.
 
     Yields:
-        Lists of P*K indices into the dataset, class by class. ``len()`` is the number of batches
+        Lists of P*K indices into the dataset, class by class. `len()` is the number of batches
         of this rank, the same in every epoch.
 
     Raises:
-        TypeError: ``labels`` are no integers, or a count is no int.
+        TypeError: `labels` are no integers, or a count is no int.
         ValueError: an argument out of range; fewer than P usable classes; no batch for every rank.
     """
 
@@ -108,11 +107,12 @@ class PKSampler(Sampler[list[int]]):
             )
         self._samples: Tensor = usable[class_of].nonzero().squeeze(1)
         self._class_of = (usable.cumsum(0) - 1)[class_of[self._samples]]
-        self._sizes = sizes[usable]
+        self._sizes: Tensor = sizes[usable]
         if drop_last:
-            self._turns = (self._sizes // samples_per_class).clamp(min=1)
+            turns = (self._sizes // self.samples_per_class).clamp(min=1)
         else:
-            self._turns = (self._sizes + samples_per_class - 1) // samples_per_class
+            turns = (self._sizes + self.samples_per_class - 1) // self.samples_per_class
+        self._turns: Tensor = turns
         self._num_batches = self._count_batches()
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,14 +123,13 @@ class PKSampler(Sampler[list[int]]):
         return self._num_batches // self.num_replicas
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         # The CPU generator uses 32 bits of its seed. The odd multiplier spreads the seeds over
         # them, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
         generator.manual_seed((self.seed * 0x9E3779B1 + self.epoch) % 2**32)
         table = self._schedule(self._appearances(generator), generator)
         batches = self._deal(table, generator)
-        for batch in batches[self.rank :: self.num_replicas]:
-            yield batch.tolist()
+        return (batch.tolist() for batch in batches[self.rank :: self.num_replicas])
 
     def _count_batches(self) -> int:
         """Number of batches T of all ranks. No batch has a class twice, so a class has at most T
@@ -151,8 +150,8 @@ class PKSampler(Sampler[list[int]]):
     def _appearances(self, generator: torch.Generator) -> Tensor:
         """In how many batches each class appears, (C,): the sum is P * T, none is above T.
 
-        As many whole rounds of ``turns`` as fit (none if ``drop_last``, where even one does not),
-        and a random part of the next.
+        As many whole rounds of `turns` as fit, and a random part of the next; with `drop_last`
+        the first round is already too long, unless it fits exactly.
         """
         T = self._num_batches
         places = self.classes_per_batch * T
@@ -162,7 +161,7 @@ class PKSampler(Sampler[list[int]]):
 
         whole = _largest(T, lambda n: int(rounds(n).sum()) <= places)
         counts = rounds(whole)
-        chances = torch.arange(len(counts)).repeat_interleave(rounds(whole + 1) - counts)
+        chances = _range(len(counts)).repeat_interleave(rounds(whole + 1) - counts)
         chosen = self._permute(chances, generator)[: places - int(counts.sum())]
         return counts + chosen.bincount(minlength=len(counts))
 
@@ -175,12 +174,12 @@ class PKSampler(Sampler[list[int]]):
         that it does not have in the column before.
         """
         P, T = self.classes_per_batch, self._num_batches
-        classes = self._permute(torch.arange(len(appearances)), generator)
+        classes = self._permute(_range(len(appearances)), generator)
         columns = classes.repeat_interleave(appearances[classes]).view(P, T)
         table = torch.empty_like(columns)
-        before = torch.full((T,), -1)
+        before = torch.full_like(columns[0], -1)
         for column, placed in zip(columns, table, strict=True):
-            rows = self._permute(torch.arange(T), generator)
+            rows = self._permute(_range(T), generator)
             taken = before[rows] == column[0]
             rows = torch.cat([rows[~taken], rows[taken]])
             first = int((column == column[0]).sum())
@@ -190,9 +189,9 @@ class PKSampler(Sampler[list[int]]):
         return table.T
 
     def _deal(self, table: Tensor, generator: torch.Generator) -> Tensor:
-        """The batches, (T, P * K): every class in ``table`` takes its next K samples."""
+        """The batches, (T, P * K): every class in `table` takes its next K samples."""
         K = self.samples_per_class
-        shuffled = self._permute(torch.arange(len(self._samples)), generator)
+        shuffled = self._permute(_range(len(self._samples)), generator)
         shuffled = shuffled[self._class_of[shuffled].argsort(stable=True)]
         starts = self._sizes.cumsum(0) - self._sizes
 
@@ -200,20 +199,25 @@ class PKSampler(Sampler[list[int]]):
         by_class = flat.argsort(stable=True)
         counts = flat.bincount(minlength=len(self._sizes))
         turn = torch.empty_like(flat)
-        turn[by_class] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[flat[by_class]]
+        turn[by_class] = _range(len(flat)) - (counts.cumsum(0) - counts)[flat[by_class]]
 
-        place = (turn[:, None] * K + torch.arange(K)) % self._sizes[flat, None]
+        place = (turn[:, None] * K + _range(K)) % self._sizes[flat, None]
         chosen = shuffled[starts[flat, None] + place]
         return self._samples[chosen].view(len(table), -1)
 
     def _permute(self, values: Tensor, generator: torch.Generator) -> Tensor:
         if not self.shuffle:
             return values
-        return values[torch.randperm(len(values), generator=generator)]
+        return values[torch.randperm(len(values), generator=generator, device="cpu")]
+
+
+def _range(n: int) -> Tensor:
+    """On the CPU, whatever the default device is."""
+    return torch.arange(n, device="cpu")
 
 
 def _largest(upper: int, holds: Callable[[int], bool]) -> int:
-    """The largest n in [0, upper] for which ``holds``, which is true up to some n >= 0."""
+    """The largest n in [0, upper] for which `holds`, which is true up to some n >= 0."""
     return bisect.bisect_left(range(1, upper + 1), True, key=lambda n: not holds(n))
 
 
