@@ -1,0 +1,37 @@
+# Everything a user or CI runs. `make test` and `make train` need Python >= 3.10 with pip, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
+READY := $(VENV)/.ready
+
+.PHONY: install test lint format train clean
+
+install: $(READY)
+
+# The compiled kernels are rebuilt whenever a source of theirs is newer than the environment.
+$(READY): requirements-dev.txt pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $(READY)
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+train: $(READY)
+	$(PY) examples/train_fgvc.py --compare ce plain --out runs/glyphs
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info cwbr_fused/_C*.so

@@ -1,0 +1,20 @@
+"""The README tells the truth: every Python snippet in it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_readme_has_snippets() -> None:
+    assert SNIPPETS
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.splitlines()[0])
+def test_snippet_runs(snippet: str) -> None:
+    exec(compile(snippet, str(README), "exec"), {})
