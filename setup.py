@@ -1,0 +1,132 @@
+"""Builds the compiled extension `cwbr_fused/_C`; everything else is in pyproject.toml.
+
+The environment variable CWBR_BUILD says what to compile:
+    auto  (default) the CPU kernels, and the CUDA kernels where nvcc and a CUDA build of torch are;
+          what cannot be built is left out with a warning, and the package works without it
+    cpu   the CPU kernels
+    cuda  the CPU and the CUDA kernels; needs the CUDA toolkit, but no GPU and any build of torch
+    none  nothing
+All but auto fail loudly. TORCH_CUDA_ARCH_LIST picks the GPU architectures.
+
+The extension uses torch's stable ABI and Python's limited API: one build serves every Python, and
+every torch from the version named in TORCH_TARGET_VERSION on.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+from typing import Any
+
+from setuptools import Command, Extension, setup
+
+MODES = ("auto", "cpu", "cuda", "none")
+MODE = os.environ.get("CWBR_BUILD", "auto")
+CUDA_ARCHITECTURES = "8.0;9.0;10.0"
+# The oldest torch whose stable ABI has what the sources call.
+TARGET_CPU, TARGET_CUDA = "0x020a000000000000", "0x020d000000000000"
+
+
+def find_cuda_home() -> str | None:
+    """The root of the CUDA toolkit: CUDA_HOME, or where nvcc says it is (it may be a script)."""
+    if "CUDA_HOME" in os.environ or shutil.which("nvcc") is None:
+        return os.environ.get("CUDA_HOME")
+    plan = subprocess.run(["nvcc", "-dryrun", "-E", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return os.path.realpath(top.group(1)) if top else None
+
+
+def cuda_toolkit() -> str | None:
+    """The toolkit to compile csrc/cuda with; None: do not. In mode "cuda" None is an error."""
+    cuda_home = find_cuda_home()
+    if MODE == "cuda":
+        if cuda_home is None:
+            sys.exit("CWBR_BUILD=cuda: no CUDA toolkit; set CUDA_HOME or put nvcc on PATH")
+        if not glob("csrc/cuda/*.cu"):
+            sys.exit("CWBR_BUILD=cuda: there is no csrc/cuda/*.cu to compile")
+        return cuda_home
+    import torch
+
+    return cuda_home if MODE == "auto" and torch.version.cuda is not None else None
+
+
+def extension() -> tuple[Extension, type[Command]]:
+    """The extension module, and the command that builds it."""
+    toolkit = cuda_toolkit()
+    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+    if toolkit:
+        sources += glob("csrc/cuda/*.cu")
+        os.environ["CUDA_HOME"] = toolkit
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildOrWarn(BuildExtension):
+        """In mode "auto" a failed compilation becomes a warning and leaves the extension out."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                self.extensions.clear()
+                warn_left_out(error)
+
+    target = [f"-DTORCH_TARGET_VERSION={TARGET_CUDA if toolkit else TARGET_CPU}"]
+    optimize = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"]
+    # The CUDA runtime is linked statically, so that the library also loads where there is none.
+    runtime = ["cudart_static", "rt", "dl", "pthread"] if toolkit else []
+    module = CppExtension(
+        "cwbr_fused._C",
+        sorted(sources),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args={
+            "cxx": [*target, *optimize],
+            "nvcc": [*target, "-DUSE_CUDA", "-O3", "-std=c++20"],
+        },
+        library_dirs=[os.path.join(toolkit, "lib64")] if toolkit else [],
+        libraries=runtime,
+        py_limited_api=True,
+    )
+    return module, BuildOrWarn
+
+
+def warn_left_out(reason: Exception) -> None:
+    print(
+        f"WARNING: cwbr_fused is installed without compiled kernels: {reason}\n"
+        "WARNING: everything works, slower, in pure PyTorch. Install a C++20 compiler and install "
+        "again for the fast kernels; CWBR_BUILD=cpu shows the full error, CWBR_BUILD=none "
+        "silences this warning.",
+        file=sys.stderr,
+    )
+
+
+def compiled() -> dict[str, Any]:
+    """Arguments of `setup` that concern the extension."""
+    if MODE not in MODES:
+        sys.exit(f"CWBR_BUILD: expected one of {MODES}, got {MODE!r}")
+    if MODE == "none":
+        return {}
+    try:
+        module, command = extension()
+    except ImportError as error:
+        if MODE != "auto":
+            raise
+        warn_left_out(error)
+        return {}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": command},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(
+    packages=["cwbr_fused", "cwbr_fused.triton_kernels"],
+    package_dir={"cwbr_fused": "cwbr_fused", "cwbr_fused.triton_kernels": "triton_kernels"},
+    package_data={"cwbr_fused": ["py.typed"]},
+    **compiled(),
+)
