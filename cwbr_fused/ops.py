@@ -160,7 +160,6 @@ class Regularizer(torch.autograd.Function):
         *features: Tensor,
     ) -> Tensor:
         value: Tensor
-        value: Tensor
         value, mean, var, distance = OPERATIONS[backend].regularizer(
             features, order, offsets, pairs, weights, eps, log
         )
