@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace cwbr {
+
+const char* isa_name() { return "portable"; }
+
+}  // namespace cwbr
