@@ -170,8 +170,8 @@ class PKSampler(Sampler[list[int]]):
 
         Lay the appearances in a line, class by class, and cut it into P columns of T. No class is
         longer than T, so it is in one column or runs over from the end of one into the front of
-        the next. Every column is permuted at random, except that a class that ran over takes rows
-        that it does not have in the column before.
+        the next. A column gets its rows in random order, but last those that the class in its
+        front has in the column before: the T - a others suffice for its rest of at most T - a.
         """
         P, T = self.classes_per_batch, self._num_batches
         classes = self._permute(_range(len(appearances)), generator)
@@ -181,10 +181,7 @@ class PKSampler(Sampler[list[int]]):
         for column, placed in zip(columns, table, strict=True):
             rows = self._permute(_range(T), generator)
             taken = before[rows] == column[0]
-            rows = torch.cat([rows[~taken], rows[taken]])
-            first = int((column == column[0]).sum())
-            rows[first:] = self._permute(rows[first:], generator)
-            placed[rows] = column
+            placed[torch.cat([rows[~taken], rows[taken]])] = column
             before = placed
         return table.T
 

@@ -208,22 +208,23 @@ def test_another_process_draws_the_same_epoch() -> None:
     assert run.stdout.strip() == str(here["drawn"])
 
 
-def test_classes_meet_at_random_and_rare_ones_at_any_time() -> None:
-    # 4 of 16 classes in each of 8 batches; a pair meets with chance near 3/15 in a batch of one.
-    labels = labels_of_sizes([4] * 16)
+def test_every_pair_of_classes_and_every_pair_of_times_is_equally_likely() -> None:
+    # 14 classes appear twice each in 7 batches of 4, so some run over from column to column.
+    labels = labels_of_sizes([4] * 14)
     sampler = PKSampler(labels, 4, 2)
-    meetings = np.zeros((16, 16))
-    first_half = np.zeros(16)
-    for epoch in range(400):
+    meetings = np.zeros((14, 14))
+    times = np.zeros((7, 7))
+    for epoch in range(600):
         sampler.set_epoch(epoch)
-        for t, batch in enumerate(sampler):
-            classes = [labels[i] for i in batch[::2]]
-            meetings[np.ix_(classes, classes)] += 1 / 400
-            first_half[classes] += (t < 4) / 400
-    pairs = meetings[~np.eye(16, dtype=bool)]
+        table = [[labels[i] for i in batch[::2]] for batch in sampler]
+        for classes in table:
+            meetings[np.ix_(classes, classes)] += 1 / 600
+        for c in range(14):
+            first, second = (t for t, classes in enumerate(table) if c in classes)
+            times[first, second] += 1 / (600 * 14)
     assert np.allclose(np.diag(meetings), 2)
-    assert np.abs(pairs - 2 * 3 / 15).max() < 0.2
-    assert np.abs(first_half - 1).max() < 0.2
+    assert np.abs(meetings[~np.eye(14, dtype=bool)] - 2 * 3 / 13).max() < 0.12
+    assert np.abs(times[np.triu_indices(7, 1)] - 1 / 21).max() < 0.012
 
 
 def test_the_samples_that_meet_change_with_the_epoch() -> None:
@@ -240,14 +241,19 @@ def test_the_samples_that_meet_change_with_the_epoch() -> None:
     assert all(len(met) == 7 for met in partners.values())
 
 
-def test_what_drop_last_leaves_out_changes_with_the_epoch() -> None:
-    labels = labels_of_sizes([5] * 5)
-    sampler = PKSampler(labels, 2, 2, drop_last=True)
-    used: set[int] = set()
-    for epoch in range(20):
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_class_that_starts_over_or_is_cut_short_changes_with_the_epoch(drop_last: bool) -> None:
+    # 5 classes of 3 appearances in batches of 2: one place too many, or one appearance.
+    labels = labels_of_sizes([6] * 5)
+    sampler = PKSampler(labels, 2, 2, drop_last=drop_last)
+    chosen: set[int] = set()
+    for epoch in range(40):
         sampler.set_epoch(epoch)
-        used |= {i for batch in sampler for i in batch}
-    assert used == set(range(25))
+        appearances = Counter(labels[i] for batch in sampler for i in batch[::2])
+        (odd,) = [c for c, n in appearances.items() if n != 3]
+        assert appearances[odd] == (2 if drop_last else 4)
+        chosen.add(odd)
+    assert chosen == set(range(5))
 
 
 # ---- use
