@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "check.h"
+#include "cpu/batch_kernels.h"
 
 namespace cwbr {
 
@@ -24,6 +25,10 @@ template <>
 inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType scalar_type_of<Half> = ScalarType::Half;
+template <>
+inline constexpr ScalarType scalar_type_of<BFloat16> = ScalarType::BFloat16;
 
 // "(3, 4)"; a negative size is written *.
 template <class Sizes>
@@ -60,16 +65,110 @@ const T* const_data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+inline const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
 // `t` of this shape (-1: any size) and dtype, made contiguous where it is not.
 template <class T, size_t N>
 Tensor checked(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
-  check(t.scalar_type() == scalar_type_of<T>, name, ": expected dtype ",
-        torch::headeronly::toString(scalar_type_of<T>), ", got ",
-        torch::headeronly::toString(t.scalar_type()));
+  check(t.scalar_type() == scalar_type_of<T>, name, ": expected dtype ", name_of(scalar_type_of<T>),
+        ", got ", name_of(t.scalar_type()));
   bool fits = t.dim() == static_cast<int64_t>(N);
   for (size_t i = 0; fits && i < N; ++i) fits = sizes[i] < 0 || t.size(i) == sizes[i];
   check(fits, name, ": expected shape ", shape(sizes), ", got ", shape(t.sizes()));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A matrix of any floating dtype whose rows are contiguous, at any distance from each other.
+struct InputMatrix {
+  Tensor tensor;
+  InputType type;
+  int64_t rows, cols, stride;
+
+  template <class In>
+  Matrix<const In> as() const {
+    return {static_cast<const In*>(tensor.const_data_ptr()), rows, cols, stride};
+  }
+};
+
+inline InputMatrix input_matrix(const Tensor& t, const char* name) {
+  check(t.dim() == 2, name, ": expected a matrix, got shape ", shape(t.sizes()));
+  const bool contiguous_rows = t.stride(1) == 1 && t.stride(0) >= 0;
+  const Tensor tensor = contiguous_rows ? t : torch::stable::contiguous(t);
+  InputType type = InputType::kFloat;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      break;
+    case ScalarType::Double:
+      type = InputType::kDouble;
+      break;
+    case ScalarType::Half:
+      type = InputType::kHalf;
+      break;
+    case ScalarType::BFloat16:
+      type = InputType::kBFloat16;
+      break;
+    default:
+      check(false, name, ": expected a floating dtype, got ", name_of(t.scalar_type()));
+  }
+  return {tensor, type, t.size(0), t.size(1), tensor.stride(0)};
+}
+
+// The groups as the kernels take them, after checking that they index `batch` samples.
+struct CheckedGroups {
+  Tensor order, offsets;
+  Groups groups;
+
+  CheckedGroups(const Tensor& order_of, const Tensor& offsets_of, int64_t batch)
+      : order(checked<int64_t, 1>(order_of, "order", {batch})),
+        offsets(checked<int64_t, 1>(offsets_of, "offsets", {-1})),
+        groups{const_data<int64_t>(order), const_data<int64_t>(offsets), offsets.size(0) - 1} {
+    check(groups.count >= 0, "offsets: expected at least one element");
+    for (int64_t s = 0; s < batch; ++s) {
+      check(groups.order[s] >= 0 && groups.order[s] < batch, "order: expected indices below ",
+            batch, ", got ", groups.order[s]);
+    }
+    int64_t last = 0;
+    for (int64_t k = 0; k <= groups.count; ++k) {
+      check(groups.offsets[k] >= last && groups.offsets[k] <= batch,
+            "offsets: expected rising positions from 0 to ", batch, ", got ", groups.offsets[k]);
+      last = groups.offsets[k];
+    }
+  }
+};
+
+// Pairs of rows below `rows`.
+inline Tensor checked_pairs(const Tensor& pairs, int64_t rows) {
+  const Tensor index = checked<int64_t, 2>(pairs, "pairs", {-1, 2});
+  const int64_t* row = const_data<int64_t>(index);
+  for (int64_t p = 0; p < 2 * index.size(0); ++p) {
+    check(row[p] >= 0 && row[p] < rows, "pairs: expected rows below ", rows, ", got ", row[p]);
+  }
+  return index;
+}
+
+// mean and var (rows, dims) of one shape.
+template <class T>
+struct Moments {
+  Tensor mean_tensor, var_tensor;
+  int64_t rows, dims;
+
+  Moments(const Tensor& mean, const Tensor& var)
+      : mean_tensor(checked<T, 2>(mean, "mean", {-1, -1})),
+        var_tensor(checked<T, 2>(var, "var", {mean.size(0), mean.size(1)})),
+        rows(mean.size(0)),
+        dims(mean.size(1)) {}
+
+  const T* mean() const { return const_data<T>(mean_tensor); }
+  const T* var() const { return const_data<T>(var_tensor); }
+  std::pair<Tensor, Tensor> empty_gradients() const {
+    return {empty<T, 2>({rows, dims}), empty<T, 2>({rows, dims})};
+  }
+};
+
+// The value of a tensor without dimensions.
+template <class T>
+T scalar(const Tensor& t, const char* name) {
+  return *const_data<T>(checked<T, 0>(t, name, {}));
 }
 
 }  // namespace cwbr

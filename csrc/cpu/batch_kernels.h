@@ -1,20 +1,89 @@
 // The kernels that work on a batch: groups, moments, confusion weights, pairs, and the fused
-// regularizer. Free of torch; every matrix is row-major. Each function computes what the function
-// of its name in cwbr_fused/reference.py does, bit for bit the same on any number of threads.
+// regularizer. Free of torch. Each function computes what the function of its name in
+// cwbr_fused/reference.py or reference_backward.py does, bit for bit the same on any number of
+// threads. T is the accumulation type, In the type of the input; matrices are row-major.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/input_types.h"
+
 namespace cwbr {
+
+template <class In>
+struct Matrix {
+  In* data;
+  int64_t rows, cols;
+  int64_t stride;  // between rows, in elements
+};
+
+// Group k holds the samples order[offsets[k]], ..., order[offsets[k + 1] - 1].
+struct Groups {
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t count;
+
+  const int64_t* samples(int64_t k) const { return order + offsets[k]; }
+  int64_t size(int64_t k) const { return offsets[k + 1] - offsets[k]; }
+};
 
 // Returns how many groups are in use. order: (batch), offsets: (groups + 1), classes: (groups)
 // with groups = batch / min_count.
 int64_t group_by_class(const int64_t* targets, int64_t batch, int64_t min_count, int64_t* order,
                        int64_t* offsets, int64_t* classes);
 
+// mean, var: (groups, z.cols).
+template <class In, class T>
+void class_moments(Matrix<const In> z, Groups groups, double eps, T* mean, T* var);
+
+// The inputs of (groups, z.cols) are contiguous, grad_z too.
+template <class In, class T>
+void class_moments_backward(const T* grad_mean, const T* grad_var, Matrix<const In> z,
+                            const T* mean, const T* var, Groups groups, double eps, In* grad_z);
+
+// alpha: (groups, groups). classes: (groups), negative for the groups to leave out.
+template <class In, class T>
+void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* classes, T* alpha);
+
 // alpha: (used, used), the leading block of a (groups, groups) matrix that is zero elsewhere.
 // pairs: (m, 2), weights: (m) with m <= groups (groups - 1) / 2.
 template <class T>
 void top_pairs(const T* alpha, int64_t used, int64_t groups, int64_t m, int64_t* pairs, T* weights);
+
+// group_by_class, confusion_weights and top_pairs in one. Throws where a target is not in
+// [0, logits.cols).
+template <class In, class T>
+void plan(Matrix<const In> logits, const int64_t* targets, int64_t min_count, int64_t m,
+          int64_t* order, int64_t* offsets, int64_t* classes, int64_t* pairs, T* weights);
+
+// One layer of the regularizer. mean, var: (groups, dims) contiguous; grad, (batch, dims)
+// contiguous, is written by the backward pass only.
+template <class T>
+struct Layer {
+  InputType type;
+  const void* z;
+  int64_t stride, dims;
+  T* mean;
+  T* var;
+  void* grad;
+};
+
+// The planned pairs; those of weight zero take no part.
+template <class T>
+struct Pairs {
+  const int64_t* index;  // (count, 2)
+  const T* weights;      // (count)
+  int64_t count;
+};
+
+// Returns the value; writes the layers' mean and var, and distance (layers, pairs). Rows of groups
+// in no pair, and distances of pairs of weight zero, are set to zero.
+template <class T>
+T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups groups,
+              Pairs<T> pairs, double eps, bool log, T* distance);
+
+template <class T>
+void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, int64_t batch,
+                          Groups groups, Pairs<T> pairs, double eps, bool log, const T* distance);
 
 }  // namespace cwbr
