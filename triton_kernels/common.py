@@ -1,0 +1,41 @@
+"""What the kernels share: launch glue on the host, small arithmetic on the device.
+
+The kernels index with int64 wherever a product of two sizes is formed, skip empty groups
+themselves and have static launch grids, so nothing here or beside it waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """x (N, D) itself where its rows are contiguous (whatever their stride), else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory of `shape` on the device of `like`."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, also where 1 + x rounds; (x - (y - 1))/y is what rounding lost."""
+    y = 1 + x
+    lost = tl.where(x < 1, (x - (y - 1)) / y, 0)
+    return tl.log(y) + lost
+
+
+@triton.jit
+def last_to_arrive(counter):
+    """Whether this is the last of all programs to get here; all they stored is then visible.
+
+    `counter` must hold 0 when the kernel starts.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    return arrived == tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) - 1

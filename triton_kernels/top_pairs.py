@@ -1,0 +1,180 @@
+"""The M pairs of largest weight in one launch: radix selection, then ranking by counting.
+
+A weight becomes an unsigned key of the same order, so that the M-th largest key is found exactly,
+eight bits at a time, from histograms. Keys above it are taken, and keys equal to it in the order
+of (i, j) until there are M. Every program repeats the selection, which is cheap, and ranks its own
+share of the M chosen pairs against all of them, which is not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import scratch
+
+BLOCK = 4096
+SHARE = 128
+WARPS = 16
+
+
+@triton.jit
+def _key(weight, UNSIGNED: tl.constexpr, BITS: tl.constexpr):
+    """Unsigned integers in the order of the weights; -0 equals 0, NaN is largest, none is 0."""
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    bits = (weight + 0.0).to(UNSIGNED, bitcast=True)
+    key = tl.where((bits >> (BITS - 1)) != 0, ~bits, bits | SIGN)
+    return tl.where(weight != weight, ~(bits ^ bits), key)
+
+
+@triton.jit
+def _weight(matrix, i, j, valid, groups, used, MEAN_PROBS: tl.constexpr):
+    """Weight of the pairs i < j: alpha[i, j], or made from P as (P + P^T)/2, 0 if unused."""
+    if MEAN_PROBS:
+        present = valid & (j < used)
+        here = tl.load(matrix + i.to(tl.int64) * groups + j, mask=present, other=0)
+        there = tl.load(matrix + j.to(tl.int64) * groups + i, mask=present, other=0)
+        return (here + there) / 2
+    return tl.load(matrix + i.to(tl.int64) * groups + j, mask=valid, other=0)
+
+
+@triton.jit
+def _count_used(classes, groups, BLOCK: tl.constexpr):
+    used = 0
+    for first in range(0, groups, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        used += tl.sum((tl.load(classes + k, mask=k < groups, other=-1) >= 0).to(tl.int32), 0)
+    return used
+
+
+@triton.jit
+def _threshold(keys, n_keys, wanted, zero_key, n_zeros, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The key of rank `wanted` from above, and how many equal to it are wanted.
+
+    Among `keys` (a key of 0 is no key) and `n_zeros` more pairs that all have `zero_key`.
+    """
+    digits = tl.arange(0, 256)
+    prefix = zero_key ^ zero_key
+    for place in tl.static_range(BITS - 8, -1, -8):
+        zero_digit = ((zero_key >> place) & 255).to(tl.int32)
+        # The prefix starts as 0 and a shift by all bits is undefined, hence two shifts.
+        zero_matches = ((zero_key >> place) >> 8) == prefix
+        count = tl.where((digits == zero_digit) & zero_matches, n_zeros, 0)
+        for first in range(0, n_keys, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            key = tl.load(keys + at, mask=at < n_keys, other=0)
+            counted = (key != 0) & (((key >> place) >> 8) == prefix)
+            count += tl.histogram(((key >> place) & 255).to(tl.int32), 256, mask=counted)
+        from_here_up = tl.sum(count, 0) - tl.cumsum(count, 0) + count
+        digit = tl.max(tl.where(from_here_up >= wanted, digits, 0), 0)
+        wanted -= tl.sum(tl.where(digits > digit, count, 0), 0)
+        prefix = (prefix << 8) | digit.to(prefix.dtype)
+    return prefix, wanted
+
+
+@triton.jit
+def _top_pairs_kernel(
+    matrix,
+    classes,
+    groups,
+    top_m,
+    keys,
+    chosen,
+    chosen_weights,
+    pairs,
+    weights,
+    MEAN_PROBS: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """Programs write the same values to the scratch arrays and read only after their own writes."""
+    used = groups
+    if MEAN_PROBS:
+        used = _count_used(classes, groups, BLOCK)
+    for first in range(0, used * used, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        i, j = at // used, at % used
+        valid = (at < used * used) & (i < j)
+        weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
+        key = tl.where(valid, _key(weight, UNSIGNED, BITS), 0)
+        tl.store(keys + at, key, mask=at < used * used)
+    tl.debug_barrier()
+    zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
+    n_zeros = (groups * (groups - 1) - used * (used - 1)) // 2
+    limit, wanted_equal = _threshold(keys, used * used, top_m, zero_key, n_zeros, BITS, BLOCK)
+
+    # Pairs with unused classes are wanted only where pairs of weight zero are.
+    width = tl.where(limit > zero_key, used, groups)
+    first = 0
+    n_chosen = 0
+    n_equal = 0
+    while n_chosen < top_m:
+        at = first + tl.arange(0, BLOCK)
+        i, j = at // width, at % width
+        valid = (at < width * groups) & (i < j)
+        weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
+        key = _key(weight, UNSIGNED, BITS)
+        equal = (valid & (key == limit)).to(tl.int32)
+        equal_rank = n_equal + tl.cumsum(equal, 0)
+        take = valid & ((key > limit) | ((key == limit) & (equal_rank <= wanted_equal)))
+        slot = n_chosen + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(chosen + slot, i * groups + j, mask=take)
+        tl.store(chosen_weights + slot, weight, mask=take)
+        n_chosen += tl.sum(take.to(tl.int32), 0)
+        n_equal += tl.sum(equal, 0)
+        first += BLOCK
+    tl.debug_barrier()
+
+    slot = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
+    weight = tl.load(chosen_weights + slot, mask=slot < top_m, other=0)
+    key = _key(weight, UNSIGNED, BITS)
+    rank = tl.zeros([SHARE], tl.int32)
+    for first in range(0, top_m, SHARE):
+        other_slot = first + tl.arange(0, SHARE)
+        other_weight = tl.load(chosen_weights + other_slot, mask=other_slot < top_m, other=0)
+        other = tl.where(other_slot < top_m, _key(other_weight, UNSIGNED, BITS), 0)[None, :]
+        ahead = (other == key[:, None]) & (other_slot[None, :] < slot[:, None])
+        rank += tl.sum(((other > key[:, None]) | ahead).to(tl.int32), 1)
+    pair = tl.load(chosen + slot, mask=slot < top_m, other=0)
+    tl.store(pairs + 2 * rank, (pair // groups).to(tl.int64), mask=slot < top_m)
+    tl.store(pairs + 2 * rank + 1, (pair % groups).to(tl.int64), mask=slot < top_m)
+    tl.store(weights + rank, weight, mask=slot < top_m)
+
+
+def launch_top_pairs(
+    matrix: Tensor, classes: Tensor | None, top_m: int
+) -> tuple[Tensor, Tensor]:
+    """Top pairs of alpha (K, K); or, where `classes` (K,) is given, of P from `mean_probs`."""
+    groups = matrix.shape[0]
+    top_m = min(top_m, groups * (groups - 1) // 2)
+    pairs = scratch(matrix, top_m, 2, dtype=torch.int64)
+    weights = scratch(matrix, top_m)
+    double = matrix.dtype == torch.float64
+    keys = scratch(matrix, groups * groups, dtype=torch.int64 if double else torch.int32)
+    _top_pairs_kernel[(triton.cdiv(top_m, SHARE),)](
+        matrix,
+        matrix if classes is None else classes,
+        groups,
+        top_m,
+        keys.view(torch.uint64 if double else torch.uint32),
+        scratch(matrix, top_m, dtype=torch.int32),
+        scratch(matrix, top_m),
+        pairs,
+        weights,
+        MEAN_PROBS=classes is not None,
+        UNSIGNED=tl.uint64 if double else tl.uint32,
+        BITS=64 if double else 32,
+        BLOCK=BLOCK,
+        SHARE=SHARE,
+        num_warps=WARPS,
+    )
+    return pairs, weights
+
+
+def top_pairs(alpha: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
+    """The M pairs i < j (M, 2) of largest alpha (K, K) and their weights (M,)."""
+    return launch_top_pairs(alpha.contiguous(), None, top_m)
