@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from cwbr_fused import backends, validation
+from cwbr_fused import backends, distributed, validation
 from cwbr_fused.ops import OPERATIONS, ClassMoments, Regularizer, WeightedOverlap
 from cwbr_fused.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def loss(
@@ -22,7 +26,7 @@ def loss(
     eps: float = 1e-6,
     objective: str = "overlap",
     backend: str = "auto",
-    group: object = None,
+    group: ProcessGroup | Literal["world"] | None = None,
 ) -> Tensor:
     """Confusion-weighted Bhattacharyya regularizer of a batch: the mean over the given layers.
 
@@ -43,7 +47,10 @@ def loss(
         objective: "overlap", or "log_overlap" for its logarithm, `log(sum(alpha rho)/sum(alpha))`
             by log-sum-exp, which keeps its gradient where rho underflows.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `cwbr_fused.backends.explain`.
-        group: must be None; statistics are those of this process's batch.
+        group: None takes the statistics of this process's batch. A `torch.distributed.ProcessGroup`
+            takes those of its processes' batches together, "world" of the default group's (looked
+            up at each call, so it may be given before `init_process_group`). Every process of the
+            group must then call `loss` and `backward`; see `cwbr_fused.distributed`.
 
     Returns:
         A scalar, float32 (float64 for float64 features). With fewer than two usable classes it is
@@ -55,16 +62,21 @@ def loss(
             on a GPU are a device-side assertion instead.
     """
     validation.check_options(top_m, eps, objective, min_count)
-    if group is not None:
-        raise NotImplementedError(
-            f"group: expected None, got {group!r}; statistics over ranks are not implemented"
-        )
+    validation.check_group(group)
     validation.check_batch(logits, targets)
     vectors = validation.feature_vectors(features, logits)
     name = backends.resolve(backend, logits.device.type)
     dtype = _common_dtype(vectors)
     vectors = [v if accumulation_dtype(v.dtype) == dtype else v.to(dtype) for v in vectors]
     log, operations = objective == "log_overlap", OPERATIONS[name]
+
+    processes = distributed.process_group(group)
+    value: Tensor
+    if processes is not None:
+        value = distributed.regularizer(
+            vectors, logits, targets, top_m, min_count, eps, log, name, processes
+        )
+        return value
 
     if top_m is None:
         order, offsets, classes = operations.group_by_class(targets, min_count)
@@ -76,9 +88,7 @@ def loss(
         return torch.stack(values).mean()
 
     order, offsets, _, pairs, weights = operations.plan(logits.detach(), targets, top_m, min_count)
-    value: Tensor = Regularizer.apply(
-        order, offsets, pairs, weights.to(dtype), eps, log, name, *vectors
-    )
+    value = Regularizer.apply(order, offsets, pairs, weights.to(dtype), eps, log, name, *vectors)
     return value
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from cwbr_fused import backends, validation
 from cwbr_fused.losses import loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ConfusionWeightedBhatReg(nn.Module):
@@ -21,7 +25,8 @@ class ConfusionWeightedBhatReg(nn.Module):
 
     Args:
         layer_names: keys of the features to use; others are ignored.
-        top_m, eps, min_count, objective, backend, group: see `cwbr_fused.loss`.
+        top_m, eps, min_count, objective, backend, group: see `cwbr_fused.loss`. A module that is
+            to be copied or pickled wants group="world": a ProcessGroup is bound to its process.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class ConfusionWeightedBhatReg(nn.Module):
         min_count: int = 2,
         objective: str = "overlap",
         backend: str = "auto",
-        group: object = None,
+        group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(layer_names, str) or not all(isinstance(n, str) for n in layer_names):
@@ -41,6 +46,7 @@ class ConfusionWeightedBhatReg(nn.Module):
         if len(layer_names) == 0 or len(set(layer_names)) != len(layer_names):
             raise ValueError(f"layer_names: expected distinct names, got {layer_names!r}")
         validation.check_options(top_m, eps, objective, min_count)
+        validation.check_group(group)
         backends.check(backend)
         self.layer_names = tuple(layer_names)
         self.top_m, self.eps, self.min_count = top_m, eps, min_count

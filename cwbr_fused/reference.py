@@ -92,20 +92,24 @@ def class_moments(z: Tensor, order: Tensor, offsets: Tensor, eps: float) -> tupl
     return mean[:-1], var[:-1].clamp(min=eps)
 
 
+def mean_probs(logits: Tensor, order: Tensor, offsets: Tensor, classes: Tensor) -> Tensor:
+    """Mean of `softmax(logits)[:, classes[j]]` over the samples of each group k, (K, K)."""
+    probs = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=1)
+    return _group_means(probs[:, classes.clamp(min=0)], order, offsets)[:-1]
+
+
 def confusion_weights(logits: Tensor, order: Tensor, offsets: Tensor, classes: Tensor) -> Tensor:
     """How much softmax mass the classes of the batch lend each other, (K, K).
 
-    `alpha = (P + P^T) / 2` with a zero diagonal, where `P[k, j]` is the mean of
-    `softmax(logits)[:, classes[j]]` over the samples of group k. Rows and columns of empty groups
-    are zero.
+    `alpha = (P + P^T) / 2` with a zero diagonal, where `P = mean_probs(...)`. Rows and columns of
+    empty groups are zero.
 
     Args:
         logits: (B, C).
         order, offsets, classes: the groups, from `group_by_class`.
     """
-    probs = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=1)
-    mean_probs = _group_means(probs[:, classes.clamp(min=0)], order, offsets)[:-1]
-    alpha = (mean_probs + mean_probs.T) / 2
+    probs = mean_probs(logits, order, offsets, classes)
+    alpha = (probs + probs.T) / 2
     used = classes >= 0
     pair_used = used[:, None] & used[None, :] & ~torch.eye(len(used), device=used.device).bool()
     return torch.where(pair_used, alpha, 0)
@@ -261,10 +265,8 @@ def class_stats_diag(
 
 def groups_of_inverse(inv: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The `order` and `offsets` of samples whose group is known: inv (B,), -1 for no group."""
-    group = torch.where(inv < 0, groups, inv)
-    sizes = torch.bincount(group, minlength=groups + 1)[:groups]
-    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return torch.sort(group, stable=True).indices, offsets
+    group, order = torch.sort(torch.where(inv < 0, groups, inv), stable=True)
+    return order, torch.searchsorted(group, torch.arange(groups + 1, device=inv.device))
 
 
 def confusion_alpha(

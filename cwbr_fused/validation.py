@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cwbr_fused.features import to_vec
@@ -75,6 +76,17 @@ def check_options(top_m: object, eps: object, objective: object, min_count: obje
     check_eps(eps)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+
+
+def check_group(group: object) -> None:
+    """None, "world", or a process group that this process belongs to."""
+    if group is None or (isinstance(group, str) and group == "world"):
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group: expected None, 'world' or a torch.distributed.ProcessGroup that this process "
+            f"belongs to, got {describe(group)}"
+        )
 
 
 def check_batch(logits: object, targets: object) -> None:

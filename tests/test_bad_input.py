@@ -105,12 +105,9 @@ CASES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"backend: 'cuda' cannot be used",
     ),
-    (
-        "group given",
-        lambda: loss(group="world"),
-        NotImplementedError,
-        r"group: expected None.*world",
-    ),
+    ("group unknown", lambda: loss(group="all"), TypeError, r"group: .*ProcessGroup.*str 'all'"),
+    ("group of others", lambda: loss(group=-100), TypeError, r"group: .*belongs to, got int -100"),
+    ("group too early", lambda: loss(group="world"), ValueError, r"group: .*init_process_group"),
     ("z rank", lambda: functional.class_stats_diag(Z[0], Y), ValueError, r"z: .*\(B, D\).*\(5,\)"),
     (
         "y other B",
@@ -167,6 +164,7 @@ CASES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("layer_names empty", lambda: module([]), ValueError, r"layer_names: .*\[\]"),
     ("layer_names twice", lambda: module(["a", "a"]), ValueError, r"layer_names: .*distinct"),
     ("module top_m", lambda: module(["a"], top_m=-4), ValueError, r"top_m: .*-4"),
+    ("module group", lambda: module(["a"], group=0), TypeError, r"group: .*int 0"),
     ("module backend", lambda: module(["a"], backend="gpu"), ValueError, r"backend: .*'gpu'"),
     (
         "unknown layer",

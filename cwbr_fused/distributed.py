@@ -1,0 +1,163 @@
+"""The regularizer of a batch that is spread over the processes of a `torch.distributed` group.
+
+N processes with B/N samples each get the loss of one process with B samples, and under
+DistributedDataParallel or `fully_shard`, which average gradients over the processes, its parameter
+gradients, to float32 rounding. Every process may have any number of samples, also none, of any
+classes.
+
+What travels, by all-reduce, for K classes that have `min_count` samples in all processes together:
+the sample counts (C,), the mean softmax rows (K, K), and the mean, the variance and later the
+gradients of both (K, D), for all layers at once. Features never do. Each process then measures the
+same pairs.
+
+Each process issues the same collectives in the same order, whatever its samples: one forward when
+fewer than two classes are usable, else four and one backward. So every process must call `loss`
+and, unless all skip it, `backward`, with the same options and the same layers. A process that is
+gone, or does not call, is an error in the others once the group's timeout has passed.
+
+- The number of usable classes is read on the host once per call; on a GPU that waits for the
+  forward pass. torch.compile breaks its graph here, and a CUDA graph cannot hold it.
+- Gradient accumulation: the statistics are those of one micro-batch over all processes. It needs
+  no care: the collectives here are issued under `no_sync()` as well.
+- `scale_match(ce, reg)` weights by the process's own `ce`; averaged over processes that is the
+  weight of the mean `ce`, the one DDP minimises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cwbr_fused import reference
+from cwbr_fused.ops import OPERATIONS, PairDistance, WeightedOverlap, first_order
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def process_group(group: ProcessGroup | Literal["world"] | None) -> ProcessGroup | None:
+    """The group over which a checked `group` asks for statistics; None for this process's own."""
+    if group == "world":
+        if not dist.is_initialized():
+            raise ValueError(
+                "group: 'world' is the default group of torch.distributed, got no default group; "
+                "call torch.distributed.init_process_group() first"
+            )
+        group = dist.group.WORLD
+    return None if group is None or group.size() == 1 else group
+
+
+def _all_reduce(local: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of `local`, which it replaces, over all processes."""
+    dist.all_reduce(local, group=group)
+    return local
+
+
+class GlobalClassMoments(torch.autograd.Function):
+    """(order, offsets, share, eps, backend, group, *features) -> mean, var (K, D_1 + ... + D_L).
+
+    The class moments of all processes' samples, merged exactly (Chan, Golub, LeVeque 1983): with
+    `share` (K, 1) this process's part of each class's samples,
+
+        mean = sum over processes of share mean_local
+        var = sum over processes of share (var_local + (mean_local - mean)^2)
+
+    The second sum is taken about the finished mean, so an error d in it costs only d^2.
+    The gradient to a sample needs the global moments only: `class_moments_backward` at these, with
+    the gradients summed over processes, as each of them has its own loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        order: Tensor,
+        offsets: Tensor,
+        share: Tensor,
+        eps: float,
+        backend: str,
+        group: ProcessGroup,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        class_moments = OPERATIONS[backend].class_moments
+        local = [class_moments(z, order, offsets, 0.0) for z in features]
+        local_mean, local_var = (torch.cat(moment, dim=1) for moment in zip(*local, strict=True))
+        mean = _all_reduce(share * local_mean, group)
+        var = _all_reduce(share * (local_var + (local_mean - mean).square()), group).clamp_(min=eps)
+        ctx.save_for_backward(mean, var, share, order, offsets, *features)
+        ctx.eps, ctx.backend, ctx.group = eps, backend, group
+        return mean, var
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, share, order, offsets, *features = ctx.saved_tensors
+        grads = _all_reduce(torch.stack([grad_mean, grad_var]), ctx.group) * share
+        widths = [z.shape[1] for z in features]
+        per_layer = (moment.split(widths, dim=1) for moment in (*grads, mean, var))
+        class_moments_backward = OPERATIONS[ctx.backend].class_moments_backward
+        results = [
+            class_moments_backward(g_mean, g_var, z, m, v, order, offsets, ctx.eps)
+            for z, g_mean, g_var, m, v in zip(features, *per_layer, strict=True)
+        ]
+        needed = ctx.needs_input_grad[6:]
+        return *(None,) * 6, *(r if n else None for r, n in zip(results, needed, strict=True))
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="cwbr_fused.loss with a group reads the number of usable classes on the host"
+)
+def regularizer(
+    features: Sequence[Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    top_m: int | None,
+    min_count: int,
+    eps: float,
+    log: bool,
+    backend: str,
+    group: ProcessGroup,
+) -> Tensor:
+    """The mean over L layers of the confusion-weighted overlap of all processes' samples.
+
+    Args:
+        features: L tensors (B, D_l) of one accumulation dtype: this process's samples.
+        logits, targets: (B, C), with the same C in every process, and (B,). No gradient.
+        top_m, min_count, eps, log: as in `cwbr_fused.loss`; `min_count` is of the global counts.
+        backend: the resolved name.
+        group: a ProcessGroup.
+
+    Returns:
+        A scalar, the same in every process.
+    """
+    targets = targets.long()
+    own_counts = targets.new_zeros(logits.shape[1])
+    own_counts.scatter_add_(0, targets, torch.ones_like(targets))
+    counts = _all_reduce(own_counts.clone(), group)
+    classes = torch.nonzero(counts >= min_count).squeeze(1)
+    groups = classes.shape[0]
+    dtype = reference.accumulation_dtype(features[0].dtype)
+    if groups < 2:
+        return torch.stack([z[:0].sum().to(dtype) for z in features]).sum()
+
+    group_of_class = torch.full_like(counts, -1)
+    group_of_class[classes] = torch.arange(groups, device=classes.device)
+    order, offsets = reference.groups_of_inverse(group_of_class[targets], groups)
+    share = (own_counts[classes].to(dtype) / counts[classes])[:, None]
+    own_probs = reference.mean_probs(logits.detach(), order, offsets, classes)
+    mean_probs = _all_reduce(share * own_probs.to(dtype), group)
+    alpha = ((mean_probs + mean_probs.T) / 2).fill_diagonal_(0)
+
+    mean, var = GlobalClassMoments.apply(order, offsets, share, eps, backend, group, *features)
+    widths = [z.shape[1] for z in features]
+    moments = zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True)
+    if top_m is None:
+        return torch.stack(
+            [WeightedOverlap.apply(m, v, alpha, eps, log, backend) for m, v in moments]
+        ).mean()
+    pairs, weights = OPERATIONS[backend].top_pairs(alpha, top_m)
+    distance = torch.stack([PairDistance.apply(m, v, pairs, eps, backend) for m, v in moments])
+    return reference.overlap(distance, weights, eps, log).mean()
