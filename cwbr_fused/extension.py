@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 _failure: str | None = None
-_loaded: dict[str, bool] = {}
+_built: set[str] = set()
 
 
 def _load() -> None:
@@ -27,14 +27,18 @@ def _load() -> None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         _failure = f"the compiled extension does not load: {error}"
+        return
+    # Asked once, here, because torch.compile cannot trace the question.
+    for key in ("CPU", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):
+            _built.add(key.lower())
 
 
 def missing(backend: str) -> str | None:
     """Why the compiled extension has no kernels for "cpu" or "cuda"; None where it has."""
     if _failure is not None:
         return _failure
-    key = {"cpu": "CPU", "cuda": "CUDA"}[backend]
-    if torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):
+    if backend in _built:
         return None
     return f"the compiled extension was built without {backend} kernels"
 
