@@ -80,7 +80,7 @@ void group_moments(const In* z, int64_t stride, const int64_t* samples, int64_t 
     }
     const T n = count > 0 ? count : 1;
     const T variance = (squares - deviations * deviations / n) / n;
-    mean[c] = center + deviations / n;
+    mean[c] = deviations == deviations ? center + deviations / n : center;  // keeps infinity
     var[c] = variance < eps ? eps : variance;
   }
 }
