@@ -1,3 +1,10 @@
+"""The operations as Triton kernels: NVIDIA and AMD GPUs, or the CPU under TRITON_INTERPRET=1.
+
+One module per operation, with the signature of the operation's schema. `cwbr_fused` registers them
+as the library `cwbr_fused_triton`; import this package through it.
+"""
+
+from .all_pair_distance import all_pair_distance, all_pair_distance_backward
 from .class_moments import class_moments, class_moments_backward
 from .confusion_weights import confusion_weights
 from .group_by_class import group_by_class
@@ -5,3 +12,21 @@ from .pair_distance import pair_distance, pair_distance_backward
 from .plan import plan
 from .regularizer import regularizer, regularizer_backward
 from .top_pairs import top_pairs
+from .weighted_overlap import weighted_overlap, weighted_overlap_backward
+
+__all__ = [
+    "all_pair_distance",
+    "all_pair_distance_backward",
+    "class_moments",
+    "class_moments_backward",
+    "confusion_weights",
+    "group_by_class",
+    "pair_distance",
+    "pair_distance_backward",
+    "plan",
+    "regularizer",
+    "regularizer_backward",
+    "top_pairs",
+    "weighted_overlap",
+    "weighted_overlap_backward",
+]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import scratch, with_unit_stride
+from .common import launch, scratch, with_unit_stride
 
 
 @triton.jit
@@ -149,9 +149,7 @@ def launch_moments(
     return mean, var
 
 
-def class_moments(
-    z: Tensor, order: Tensor, offsets: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def class_moments(z: Tensor, order: Tensor, offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and clamped biased variance (K, D) of each class group of z (B, D)."""
     counter = scratch(z, 1, dtype=torch.int32)
     (mean,), (var,) = launch_moments([z], order, offsets, eps, counter)
@@ -176,7 +174,9 @@ def class_moments_backward(
     z = with_unit_stride(z)
     grad_z = scratch(z, batch, dims)
     options = tuning.moments_backward(dims, z)
-    _moments_backward_kernel[(groups, triton.cdiv(dims, options["BLOCK"]))](
+    launch(
+        _moments_backward_kernel,
+        (groups, triton.cdiv(dims, options["BLOCK"])),
         grad_mean.contiguous(),
         grad_var.contiguous(),
         z,

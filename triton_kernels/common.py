@@ -6,6 +6,8 @@ themselves and have static launch grids, so nothing here or beside it waits for 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,11 @@ def with_unit_stride(x: Tensor) -> Tensor:
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of `shape` on the device of `like`."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel`, with products and sums fused whatever this Triton's default is."""
+    kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 @triton.jit
@@ -39,3 +46,30 @@ def last_to_arrive(counter):
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     return arrived == tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) - 1
+
+
+def approximate(x: Tensor) -> bool:
+    """Whether the hardware's approximate float32 reciprocal and logarithm are to be used."""
+    if triton.knobs.runtime.interpret or x.dtype != torch.float32:
+        return False
+    return bool(triton.runtime.driver.active.get_current_target().backend == "cuda")
+
+
+@triton.jit
+def fast_reciprocal(x, APPROXIMATE: tl.constexpr):
+    """1/x for a normal x; relative error at most 2^-23 where APPROXIMATE."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1 / x
+
+
+@triton.jit
+def fast_log2(x, APPROXIMATE: tl.constexpr):
+    """log2(x) for x in [0.5, 2]; absolute error at most 2^-22 where APPROXIMATE."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import accumulation_dtype
-from .common import scratch, with_unit_stride
+from .common import launch, scratch, with_unit_stride
 
 COLUMNS = 64
 TILE = 32
@@ -92,7 +92,9 @@ def launch_mean_probs(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
     groups, n_classes = classes.shape[0], logits.shape[1]
     logits = with_unit_stride(logits)
     mean_probs = scratch(logits, groups, groups, dtype=accumulation_dtype(logits.dtype))
-    _mean_probs_kernel[(groups,)](
+    launch(
+        _mean_probs_kernel,
+        (groups,),
         logits,
         logits.stride(0),
         n_classes,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import scratch
+from .common import launch, scratch
 
 TILE = 32
 OTHERS = 128
@@ -22,7 +22,15 @@ BLOCK = 1024
 
 @triton.jit(debug=True)
 def _rank_kernel(
-    targets, stride, batch, n_classes, sample_at, size_at, is_first_at, TILE: tl.constexpr, OTHERS: tl.constexpr
+    targets,
+    stride,
+    batch,
+    n_classes,
+    sample_at,
+    size_at,
+    is_first_at,
+    TILE: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     """For each sample, at its place by (class, index): itself, its class's size, is it the first.
 
@@ -106,10 +114,20 @@ def launch_group_by_class(
     )
     sorted_samples = scratch(targets, 3, batch, dtype=torch.int32)
     stride = targets.stride(0)
-    _rank_kernel[(triton.cdiv(batch, TILE),)](
-        targets, stride, batch, n_classes, *sorted_samples, TILE=TILE, OTHERS=OTHERS
+    launch(
+        _rank_kernel,
+        (triton.cdiv(batch, TILE),),
+        targets,
+        stride,
+        batch,
+        n_classes,
+        *sorted_samples,
+        TILE=TILE,
+        OTHERS=OTHERS,
     )
-    _layout_kernel[(1,)](
+    launch(
+        _layout_kernel,
+        (1,),
         targets,
         stride,
         batch,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import log1p, scratch
+from .common import launch, log1p, scratch
 
 LIST_BLOCK = 1024
 
@@ -36,9 +36,7 @@ def distance_of_rows(mean, var, i, j, dims, EPS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _pair_distance_kernel(
-    mean, var, pairs, distance, dims, EPS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _pair_distance_kernel(mean, var, pairs, distance, dims, EPS: tl.constexpr, BLOCK: tl.constexpr):
     """Program: one pair."""
     pair = tl.program_id(0).to(tl.int64)
     i, j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
@@ -68,9 +66,7 @@ def list_pairs_of_row(row, pairs, n_pairs, starts, entries, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def row_gradient(
-    row, mean, var, dims, pairs, starts, entries, weights, d, EPS: tl.constexpr
-):
+def row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS: tl.constexpr):
     """dL/dmean[row] and dL/dvar[row] at dimensions d, for weights dL/dD of the pairs.
 
     With S = u_i + u_j and t = (mean_i - mean_j)/S: `t/2` and `((u_i - u_j)/(S u_i) - t^2)/4`.
@@ -115,9 +111,7 @@ def _pair_distance_backward_kernel(
     """Program (row, block of dimensions)."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    by_mean, by_var = row_gradient(
-        row, mean, var, dims, pairs, starts, entries, weights, d, EPS
-    )
+    by_mean, by_var = row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS)
     tl.store(grad_mean + row * dims + d, by_mean, mask=d < dims)
     tl.store(grad_var + row * dims + d, by_var, mask=d < dims)
 
@@ -135,8 +129,16 @@ def pair_distance(mean: Tensor, var: Tensor, pairs: Tensor, eps: float) -> Tenso
     mean, var, pairs = mean.contiguous(), var.contiguous(), pairs.contiguous()
     distance = scratch(mean, pairs.shape[0])
     dims = mean.shape[1]
-    _pair_distance_kernel[(pairs.shape[0],)](
-        mean, var, pairs, distance, dims, EPS=eps, **tuning.pair_distance(dims, mean)
+    launch(
+        _pair_distance_kernel,
+        (pairs.shape[0],),
+        mean,
+        var,
+        pairs,
+        distance,
+        dims,
+        EPS=eps,
+        **tuning.pair_distance(dims, mean),
     )
     return distance
 
@@ -151,7 +153,9 @@ def pair_distance_backward(
     grad_mean, grad_var = scratch(mean, rows, dims), scratch(mean, rows, dims)
     _list_kernel[(rows,)](pairs, pairs.shape[0], starts, entries, BLOCK=LIST_BLOCK)
     options = tuning.pair_distance_backward(dims, mean)
-    _pair_distance_backward_kernel[(rows, triton.cdiv(dims, options["BLOCK"]))](
+    launch(
+        _pair_distance_backward_kernel,
+        (rows, triton.cdiv(dims, options["BLOCK"])),
         mean,
         var,
         grad_mean,

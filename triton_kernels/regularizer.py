@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import launch_moments, store_feature_gradient, store_ungrouped_zeros
-from .common import last_to_arrive, scratch, with_unit_stride
+from .common import last_to_arrive, launch, scratch, with_unit_stride
 from .pair_distance import (
     LIST_BLOCK,
     distance_of_rows,
@@ -38,9 +38,7 @@ def _log_terms(distance, weights, first, n_pairs, BLOCK: tl.constexpr):
     m = first + tl.arange(0, BLOCK)
     weight = tl.load(weights + m, mask=m < n_pairs, other=0)
     # Not from the first-level cache: other programs of the same launch may have stored it.
-    return tl.log(weight) - tl.load(
-        distance + m, mask=m < n_pairs, other=0, cache_modifier=".cg"
-    )
+    return tl.log(weight) - tl.load(distance + m, mask=m < n_pairs, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -241,7 +239,9 @@ def regularizer(
     value = scratch(weights)
     layers = tuple((m, v, m.shape[1]) for m, v in zip(mean, var, strict=True))
     widest = max(m.shape[1] for m in mean)
-    _value_kernel[(n_pairs, n_layers)](
+    launch(
+        _value_kernel,
+        (n_pairs, n_layers),
         layers,
         pairs,
         n_pairs,
@@ -276,7 +276,9 @@ def regularizer_backward(
         return [torch.zeros_like(z) for z in features]
     grad_distance = scratch(distance, n_layers, n_pairs)
     starts, entries = pair_lists(pairs, groups)
-    _prepare_backward_kernel[(max(groups, n_layers),)](
+    launch(
+        _prepare_backward_kernel,
+        (max(groups, n_layers),),
         grad,
         n_layers,
         groups,
@@ -301,7 +303,9 @@ def regularizer_backward(
     widest = max(z.shape[1] for z in features)
     options = tuning.moments_backward(widest, mean[0])
     grid = (groups, triton.cdiv(widest, options["BLOCK"]), n_layers)
-    _feature_gradient_kernel[grid](
+    launch(
+        _feature_gradient_kernel,
+        grid,
         layers,
         order,
         offsets,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import scratch
+from .common import launch, scratch
 
 BLOCK = 4096
 SHARE = 128
@@ -145,9 +145,7 @@ def _top_pairs_kernel(
     tl.store(weights + rank, weight, mask=slot < top_m)
 
 
-def launch_top_pairs(
-    matrix: Tensor, classes: Tensor | None, top_m: int
-) -> tuple[Tensor, Tensor]:
+def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tuple[Tensor, Tensor]:
     """Top pairs of alpha (K, K); or, where `classes` (K,) is given, of P from `mean_probs`."""
     groups = matrix.shape[0]
     top_m = min(top_m, groups * (groups - 1) // 2)
@@ -155,7 +153,9 @@ def launch_top_pairs(
     weights = scratch(matrix, top_m)
     double = matrix.dtype == torch.float64
     keys = scratch(matrix, groups * groups, dtype=torch.int64 if double else torch.int32)
-    _top_pairs_kernel[(triton.cdiv(top_m, SHARE),)](
+    launch(
+        _top_pairs_kernel,
+        (triton.cdiv(top_m, SHARE),),
         matrix,
         matrix if classes is None else classes,
         groups,

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 from torch import Tensor
 
 Options = dict[str, int]
+
+# Three warps for each of the four schedulers hide latency behind independent arithmetic; twice
+# that many leave no processor idle at the end.
+WARPS_PER_PROCESSOR = 24
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 1 under the interpreter, where programs run in turn."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_of_dims(dims: int, itemsize: int, most_warps: int) -> Options:
@@ -39,3 +54,26 @@ def mean_probs(classes: int) -> Options:
     """Tiles of about 4096 logits, of many samples where classes are few."""
     block = min(1024, triton.next_power_of_2(classes))
     return {"ROWS": max(4, min(64, 4096 // block)), "BLOCK_C": block, "num_warps": 4}
+
+
+def all_pairs(groups: int) -> Options:
+    """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few."""
+    if groups <= 256:
+        return {"ROWS": 16, "COLUMNS": 32, "num_warps": 1}
+    if groups <= 512:
+        return {"ROWS": 16, "COLUMNS": 64, "num_warps": 2}
+    return {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+
+
+def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, int]:
+    """Dimensions per slice, and in how many parts to run `warps` warps to fill the device."""
+    slice_dims = 64 if dims >= 64 else max(8, triton.next_power_of_2(dims))
+    parts = triton.cdiv(WARPS_PER_PROCESSOR * processors(device), warps)
+    return slice_dims, max(1, min(parts, triton.cdiv(dims, slice_dims)))
+
+
+def all_pairs_backward(groups: int) -> Options:
+    """A thread holds 4 rows x 4 dimensions."""
+    if groups <= 256:
+        return {"ROWS": 4, "BLOCK": 128, "num_warps": 1}
+    return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
