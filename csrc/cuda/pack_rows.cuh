@@ -1,0 +1,240 @@
+// Rows of means and variances, scaled and laid out for the tiles of all pairs, and their
+// arithmetic.
+//
+// Divisions and logarithms are the expensive part, so eight dimensions share one of each: fractions
+// are added as n/d + q/s = (n s + q d) / (d s), and the common denominator d is at the same time
+// the product whose logarithm is wanted: 4 D = sum q/S + 2 log prod S - log prod u_i - log prod u_j
+// with q = (m_i - m_j)^2 and S = u_i + u_j. A packing kernel divides each dimension by a power of
+// two (4^e for the variances, 2^e for the means; D does not change) so that the products stay near
+// one, finds the stages of dimensions where they still might leave the range of the number format
+// (those go one dimension at a time), and sums the logarithms of each row over a stage by the same
+// arithmetic, so that equal rows have exactly D = 0.
+#pragma once
+
+#include "common.cuh"
+
+namespace cwbr::cuda {
+
+constexpr int kTileSide = 16;  // threads along each side of a tile
+constexpr int kTileThreads = kTileSide * kTileSide;
+constexpr int kStage = 16;  // dimensions that are in shared memory at once
+constexpr int kShare = 8;   // dimensions that share a denominator
+constexpr double kTwoLog2 = 1.38629436111989061883;
+
+// Pairs per thread and side: registers hold 4x4 floats or 2x2 doubles with all they need.
+template <class A>
+constexpr int kMicro = 16 / sizeof(A);
+template <class A>
+constexpr int kTileRows = kTileSide * kMicro<A>;
+
+// A row's scaled mean and variance (eps included) in one dimension.
+template <class A>
+struct Moment {
+  A mean, u;
+};
+template <class A>
+struct alignas(16) TwoMoments {
+  Moment<A> first, second;
+};
+
+// Padding: two such rows are at distance zero and contribute nothing to a product.
+template <class A>
+constexpr __device__ Moment<A> neutral_moment() {
+  return {A{0}, A{0.5}};
+}
+
+template <class A>
+struct TileInput {
+  int64_t rows, padded_rows;  // K, and rounded up to whole tiles
+  int64_t dims, stages;       // D, and how many stages cover it
+  Moment<A>* moments;         // (padded_rows, stages * kStage)
+  A* logs;                    // (stages, padded_rows)
+  int* wide;                  // (stages,): products might leave the range
+  int* exponent;              // (stages * kStage,): variances were divided by 2^exponent
+  int64_t padded_dims() const { return stages * kStage; }
+};
+
+__device__ inline int exponent_of(float x) {
+  return static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127;
+}
+__device__ inline int exponent_of(double x) {
+  return static_cast<int>(__double_as_longlong(x) >> 52 & 2047) - 1023;
+}
+template <class A>
+__device__ A power_of_two(int exponent) {
+  if constexpr (std::is_same_v<A, double>)
+    return __longlong_as_double(static_cast<long long>(exponent + 1023) << 52);
+  else
+    return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+}
+
+// The range in which a product of kShare sums and its numerator surely stay.
+template <class A>
+constexpr int kMaxExponent = std::is_same_v<A, double> ? 1000 : 120;
+
+// Adds 4 D of kMicro x kMicro pairs over one stage, less the logarithms of the rows alone. Rows
+// are `pitch` moments apart.
+template <int MICRO, bool WIDE, class A>
+__device__ void add_stage(const Moment<A>* rows, const Moment<A>* columns, int pitch,
+                          A (&sum)[MICRO][MICRO]) {
+#pragma unroll 1
+  for (int share = 0; share < kStage; share += kShare) {
+    A n[MICRO][MICRO], d[MICRO][MICRO];
+#pragma unroll
+    for (int two = 0; two < kShare; two += 2) {
+      TwoMoments<A> row[MICRO], column[MICRO];
+#pragma unroll
+      for (int a = 0; a < MICRO; ++a) {
+        row[a] = *reinterpret_cast<const TwoMoments<A>*>(rows + a * pitch + share + two);
+        column[a] = *reinterpret_cast<const TwoMoments<A>*>(columns + a * pitch + share + two);
+      }
+#pragma unroll
+      for (int a = 0; a < MICRO; ++a) {
+#pragma unroll
+        for (int b = 0; b < MICRO; ++b) {
+          const A apart_0 = row[a].first.mean - column[b].first.mean;
+          const A apart_1 = row[a].second.mean - column[b].second.mean;
+          const A s_0 = row[a].first.u + column[b].first.u;
+          const A s_1 = row[a].second.u + column[b].second.u;
+          const A q_0 = apart_0 * apart_0, q_1 = apart_1 * apart_1;
+          if constexpr (WIDE) {
+            sum[a][b] = fused_multiply_add(q_0, reciprocal(s_0), sum[a][b]);
+            sum[a][b] = fused_multiply_add(q_1, reciprocal(s_1), sum[a][b]);
+            sum[a][b] = fused_multiply_add(fast_log2(s_0), A(kTwoLog2), sum[a][b]);
+            sum[a][b] = fused_multiply_add(fast_log2(s_1), A(kTwoLog2), sum[a][b]);
+          } else {
+            const A both_n = fused_multiply_add(q_1, s_0, q_0 * s_1), both_d = s_0 * s_1;
+            n[a][b] = two == 0 ? both_n : fused_multiply_add(n[a][b], both_d, both_n * d[a][b]);
+            d[a][b] = two == 0 ? both_d : d[a][b] * both_d;
+          }
+        }
+      }
+    }
+    if constexpr (!WIDE) {
+#pragma unroll
+      for (int a = 0; a < MICRO; ++a) {
+#pragma unroll
+        for (int b = 0; b < MICRO; ++b) {
+          sum[a][b] = fused_multiply_add(n[a][b], reciprocal(d[a][b]), sum[a][b]);
+          sum[a][b] = fused_multiply_add(fast_log2(d[a][b]), A(kTwoLog2), sum[a][b]);
+        }
+      }
+    }
+  }
+}
+
+template <class A>
+struct PackShared {
+  int least[kTileSide][kStage], most[kTileSide][kStage], total[kTileSide][kStage];
+  A low[kTileSide][kStage], high[kTileSide][kStage];
+  int up[kStage], down[kStage], apart[kStage], exponent[kStage];
+  A scratch[kMaxWarps];
+};
+
+// Each dimension's exponent, and whether the products of this stage might leave the range.
+template <class A>
+__device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in, int64_t stage,
+                            A eps, PackShared<A>& shared) {
+  const int lane = threadIdx.x / kStage, d = threadIdx.x % kStage;
+  const int64_t dim = stage * kStage + d;
+  int least = 1 << 20, most = -(1 << 20), total = 0;
+  A low = std::numeric_limits<A>::infinity(), high = -low;
+  if (dim < in.dims) {  // mask: the last stage is ragged
+    for (int64_t row = lane; row < in.rows; row += kTileSide) {
+      const int exponent = exponent_of(var[row * in.dims + dim] + eps);
+      least = exponent < least ? exponent : least;
+      most = exponent > most ? exponent : most;
+      total += exponent;
+      low = -larger(-low, -mean[row * in.dims + dim]);
+      high = larger(high, mean[row * in.dims + dim]);
+    }
+  }
+  shared.least[lane][d] = least;
+  shared.most[lane][d] = most;
+  shared.total[lane][d] = total;
+  shared.low[lane][d] = low;
+  shared.high[lane][d] = high;
+  __syncthreads();
+  if (threadIdx.x < kStage) {
+    for (int other = 1; other < kTileSide; ++other) {
+      least = shared.least[other][d] < least ? shared.least[other][d] : least;
+      most = shared.most[other][d] > most ? shared.most[other][d] : most;
+      total += shared.total[other][d];
+      low = -larger(-low, -shared.low[other][d]);
+      high = larger(high, shared.high[other][d]);
+    }
+    constexpr int64_t kOffset = 2000;  // makes the division round down
+    int exponent = static_cast<int>((total + kOffset * in.rows) / in.rows - kOffset + 2) & ~1;
+    const int limit = kMaxExponent<A>;
+    exponent = exponent < -limit ? -limit : exponent > limit ? limit : exponent;
+    const bool used = dim < in.dims;
+    shared.exponent[d] = exponent = used ? exponent : 0;
+    in.exponent[dim] = exponent;
+    // Bounds on the exponents of S above and below, and of the largest (m_i - m_j)^2.
+    shared.up[d] = used && most - exponent + 2 > 0 ? most - exponent + 2 : 0;
+    shared.down[d] = used && exponent - least - 1 > 0 ? exponent - least - 1 : 0;
+    shared.apart[d] = used ? 2 * (exponent_of(high - low) + 1) - exponent : -limit;
+  }
+  __syncthreads();
+  bool wide = false;
+  for (int first = 0; first < kStage; first += kShare) {
+    int up = 0, down = 0, apart = 0;
+    for (int k = first; k < first + kShare; ++k) {
+      up += shared.up[k];
+      down += shared.down[k];
+      apart = shared.apart[k] + 3 > apart ? shared.apart[k] + 3 : apart;
+    }
+    wide = wide || up + apart > kMaxExponent<A> || down > kMaxExponent<A>;
+  }
+  return wide;
+}
+
+// Sum of a row of weights right of the diagonal.
+template <class A>
+__device__ void weigh_row(const A* alpha, int64_t rows, int64_t row, A (&scratch)[kMaxWarps],
+                          A* row_weight) {
+  A sum = 0;
+  for (int64_t j = row + 1 + threadIdx.x; j < rows; j += blockDim.x) sum += alpha[row * rows + j];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) row_weight[row] = sum;
+}
+
+// One block per stage packs all rows; where there are weights, one more per row sums them.
+template <class A>
+__global__ void __launch_bounds__(kTileThreads)
+    pack_kernel(const A* mean, const A* var, TileInput<A> in, A eps, const A* alpha, A* row_weight,
+                int* tickets, int num_tickets) {
+  PackShared<A>& shared = shared_memory<PackShared<A>>();
+  if (blockIdx.x == 0)
+    for (int t = threadIdx.x; t < num_tickets; t += blockDim.x) tickets[t] = 0;
+  const int64_t stage = blockIdx.x;
+  if (stage >= in.stages) {
+    weigh_row(alpha, in.rows, stage - in.stages, shared.scratch, row_weight);
+    return;
+  }
+  const bool wide = scale_stage(mean, var, in, stage, eps, shared);
+  if (threadIdx.x == 0) in.wide[stage] = wide;
+
+  const int d = threadIdx.x % kStage;
+  const int64_t dim = stage * kStage + d, pitch = in.stages * kStage;
+  const A down = power_of_two<A>(-shared.exponent[d]);
+  const A mean_down = power_of_two<A>(-shared.exponent[d] / 2);
+  for (int64_t row = threadIdx.x / kStage; row < in.padded_rows; row += kTileSide) {
+    Moment<A> moment = neutral_moment<A>();
+    if (row < in.rows && dim < in.dims)  // mask: rows and dimensions are padded
+      moment = {mean[row * in.dims + dim] * mean_down, (var[row * in.dims + dim] + eps) * down};
+    in.moments[row * pitch + dim] = moment;
+  }
+  __syncthreads();
+  for (int64_t row = threadIdx.x; row < in.padded_rows; row += blockDim.x) {
+    const Moment<A>* own = in.moments + row * pitch + stage * kStage;
+    A twice[1][1] = {};
+    if (wide)
+      add_stage<1, true>(own, own, 0, twice);
+    else
+      add_stage<1, false>(own, own, 0, twice);
+    in.logs[stage * in.padded_rows + row] = twice[0][0] / 2;
+  }
+}
+
+}  // namespace cwbr::cuda

@@ -1,0 +1,173 @@
+// The gradient of all pair distances from one weight G_ij = dL/dD_ij per pair i < j.
+//
+// A thread owns one dimension and keeps a few rows of a tile in registers while it walks the
+// columns, so no sum crosses threads. With r = 1/S and t = (m_i - m_j) r every pair adds G t to row
+// i, -G t to row j, and G (2 r - 2 - t^2) to both; then dL/dm_i = sum(G t)/2 and, because
+// (u_i - u_j)/(S u_i) = 2 r - 1/u_i, dL/du_i = (sum(G (2 r - 2 - t^2)) + sum(G) (2 - 1/u_i))/4.
+// The 2 keeps both sums small: the packing puts u near 1/2. Each tile writes its part of the sums;
+// a last kernel adds the parts in order.
+#pragma once
+
+#include "pair_tiles.cuh"
+
+namespace cwbr::cuda {
+
+constexpr int kBackwardThreads = 64;
+constexpr int kRegisterRows = 8;
+constexpr int64_t kPartBytes = int64_t{32} << 20;  // dimensions are done in portions of this size
+
+template <class A>
+struct Parts {
+  Moment<A>* sums;  // (tiles across, padded_rows, width): the part of each partner tile
+  A* weights;       // (tiles across, padded_rows): sums of G
+  int64_t first, width;
+};
+
+template <class A, int COUNT>
+struct alignas(16) Adjacent {
+  A item[COUNT];
+};
+
+template <class A>
+struct BackwardShared {
+  alignas(16) A weight[kTileRows<A>][kTileRows<A> + 16 / sizeof(A)];  // G, by column and row
+  Moment<A> columns[kTileRows<A>][kBackwardThreads];
+};
+
+template <class A>
+__device__ void sum_weights(const BackwardShared<A>& shared, const Parts<A>& parts,
+                            const TilePlace<A>& place, int64_t padded_rows) {
+  if (threadIdx.x >= kTileRows<A>) return;  // mask: a tile may have fewer rows than threads
+  A by_row = 0, by_column = 0;
+  for (int other = 0; other < kTileRows<A>; ++other) {
+    by_row += shared.weight[other][threadIdx.x];
+    by_column += shared.weight[threadIdx.x][other];
+  }
+  const int64_t across_row = place.first[1] / kTileRows<A>,
+                across_column = place.first[0] / kTileRows<A>;
+  if (across_row == across_column) {
+    parts.weights[across_row * padded_rows + place.first[0] + threadIdx.x] = by_row + by_column;
+  } else {
+    parts.weights[across_row * padded_rows + place.first[0] + threadIdx.x] = by_row;
+    parts.weights[across_column * padded_rows + place.first[1] + threadIdx.x] = by_column;
+  }
+}
+
+// One block per tile and 64 dimensions; `weight(i, j)` is G.
+template <class A, class Weight>
+__global__ void __launch_bounds__(kBackwardThreads)
+    tile_backward_kernel(TileInput<A> in, Weight weight, Parts<A> parts) {
+  constexpr int R = kRegisterRows, kRows = kTileRows<A>;
+  BackwardShared<A>& shared = shared_memory<BackwardShared<A>>();
+  const int64_t slices = ceil_div<int64_t>(parts.width, kBackwardThreads);
+  const int64_t slice = blockIdx.x % slices;
+  const TilePlace<A> place(blockIdx.x / slices, in.padded_rows);
+  bool any = false;
+  for (int t = threadIdx.x; t < kRows * kRows; t += kBackwardThreads) {
+    const int64_t i = place.first[0] + t / kRows, j = place.first[1] + t % kRows;
+    A g = 0;
+    if (i < j && j < in.rows)  // mask: a pair counts once, and padded rows not at all
+      g = weight(place.number, i, j);
+    shared.weight[t % kRows][t / kRows] = g;
+    any = any || g != 0;
+  }
+  any = __syncthreads_or(any);
+  if (slice == 0 && parts.first == 0) sum_weights(shared, parts, place, in.padded_rows);
+
+  const int64_t at = slice * kBackwardThreads + threadIdx.x, dim = parts.first + at;
+  if (at >= parts.width) return;  // mask: the last slice is ragged
+  const int64_t pitch = in.stages * kStage;
+  const Moment<A>* rows = in.moments + place.first[0] * pitch + dim;
+  const Moment<A>* columns = in.moments + place.first[1] * pitch + dim;
+  const int64_t partner_of_rows = place.first[1] / kRows,
+                partner_of_columns = place.first[0] / kRows;
+  Moment<A>* row_sums =
+      parts.sums + (partner_of_rows * in.padded_rows + place.first[0]) * parts.width + at;
+  Moment<A>* column_sums =
+      parts.sums + (partner_of_columns * in.padded_rows + place.first[1]) * parts.width + at;
+
+  for (int j = 0; j < kRows; ++j) shared.columns[j][threadIdx.x] = {A{0}, A{0}};
+  for (int first = 0; first < kRows; first += R) {
+    Moment<A> row[R], row_sum[R];
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+      row[k] = rows[(first + k) * pitch];
+      row_sum[k] = {A{0}, A{0}};
+    }
+#pragma unroll 2
+    for (int j = 0; any && j < kRows; ++j) {
+      const Moment<A> column = columns[j * pitch];
+      Moment<A> column_sum = shared.columns[j][threadIdx.x];
+      const auto& g = reinterpret_cast<const Adjacent<A, R>&>(shared.weight[j][first]).item;
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        const A apart = row[k].mean - column.mean, r = reciprocal(row[k].u + column.u);
+        const A t = apart * r;
+        const A by_u = fused_multiply_add(-t, t, fused_multiply_add(A{2}, r, A{-2}));
+        row_sum[k].mean = fused_multiply_add(g[k], t, row_sum[k].mean);
+        row_sum[k].u = fused_multiply_add(g[k], by_u, row_sum[k].u);
+        column_sum.mean = fused_multiply_add(-g[k], t, column_sum.mean);
+        column_sum.u = fused_multiply_add(g[k], by_u, column_sum.u);
+      }
+      shared.columns[j][threadIdx.x] = column_sum;
+    }
+#pragma unroll
+    for (int k = 0; k < R; ++k) row_sums[(first + k) * parts.width] = row_sum[k];
+  }
+  const bool diagonal = place.first[0] == place.first[1];
+  for (int j = 0; j < kRows; ++j) {
+    Moment<A> sum = shared.columns[j][threadIdx.x];
+    if (diagonal) {
+      sum.mean += column_sums[j * parts.width].mean;
+      sum.u += column_sums[j * parts.width].u;
+    }
+    column_sums[j * parts.width] = sum;
+  }
+}
+
+// Adds the parts of a row in one dimension and undoes the scaling.
+template <class A>
+__global__ void __launch_bounds__(kTileThreads)
+    gather_parts_kernel(TileInput<A> in, Parts<A> parts, A* grad_mean, A* grad_var) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t row = at / parts.width, dim = parts.first + at % parts.width;
+  if (row >= in.rows || dim >= in.dims) return;  // mask: the last block and dimensions are ragged
+  Moment<A> sum = {A{0}, A{0}};
+  A weight = 0;
+  for (int64_t tile = 0; tile < in.padded_rows / kTileRows<A>; ++tile) {
+    const Moment<A> part =
+        parts.sums[(tile * in.padded_rows + row) * parts.width + dim - parts.first];
+    sum.mean += part.mean;
+    sum.u += part.u;
+    weight += parts.weights[tile * in.padded_rows + row];
+  }
+  const A u = in.moments[row * in.stages * kStage + dim].u;
+  const int exponent = in.exponent[dim];
+  grad_mean[row * in.dims + dim] = sum.mean / 2 * power_of_two<A>(-exponent / 2);
+  grad_var[row * in.dims + dim] =
+      (sum.u + weight * (2 * u - 1) / u) / 4 * power_of_two<A>(-exponent);
+}
+
+template <class A, class Weight, class Launcher>
+void tiles_backward(Launcher& launch, const TileJob<A>& job, Weight weight, A* grad_mean,
+                    A* grad_var) {
+  const TileInput<A>& in = job.in;
+  const int64_t across = in.padded_rows / kTileRows<A>, all = in.padded_dims();
+  int64_t width = kPartBytes / (across * in.padded_rows * sizeof(Moment<A>)) / kBackwardThreads *
+                  kBackwardThreads;
+  if (width < kBackwardThreads) width = kBackwardThreads;
+  if (width > all) width = all;
+  Parts<A> parts;
+  parts.sums = launch.template scratch<Moment<A>>(across * in.padded_rows * width);
+  parts.weights = launch.template scratch<A>(across * in.padded_rows);
+  for (parts.first = 0; parts.first < all; parts.first += width) {
+    parts.width = all - parts.first < width ? all - parts.first : width;
+    const int64_t slices = ceil_div<int64_t>(parts.width, kBackwardThreads);
+    launch(tile_backward_kernel<A, Weight>, job.tiles * slices, kBackwardThreads,
+           sizeof(BackwardShared<A>), in, weight, parts);
+    launch(gather_parts_kernel<A>, ceil_div<int64_t>(in.rows * parts.width, kTileThreads),
+           kTileThreads, 0, in, parts, grad_mean, grad_var);
+  }
+}
+
+}  // namespace cwbr::cuda

@@ -1,0 +1,137 @@
+// weighted_overlap and its gradient: all pairs, none of the distances kept by the forward pass.
+#pragma once
+
+#include "overlap.cuh"
+#include "pair_tiles_backward.cuh"
+
+namespace cwbr::cuda {
+
+// Beyond this distance exp(-D) is 0 in the number format.
+template <class A>
+constexpr double kFarthest = std::is_same_v<A, double> ? 746 : 104;
+
+template <class A>
+struct OverlapSettings {
+  const A* alpha;       // (K, K)
+  const A* row_weight;  // (K,): sums of alpha right of the diagonal
+  int64_t rows;
+  A eps;
+};
+
+template <class A>
+__device__ A total_weight(const OverlapSettings<A>& settings, A (&scratch)[kMaxWarps]) {
+  A sum = 0;
+  for (int64_t row = threadIdx.x; row < settings.rows; row += blockDim.x)
+    sum += settings.row_weight[row];
+  return block_sum(sum, scratch);
+}
+
+// Calls run(a, b, weight, i, j) for this thread's pairs above the diagonal.
+template <class A, class Run>
+__device__ void for_pairs(const OverlapSettings<A>& settings, const TilePlace<A>& place, Run run) {
+#pragma unroll
+  for (int a = 0; a < kMicro<A>; ++a) {
+#pragma unroll
+    for (int b = 0; b < kMicro<A>; ++b) {
+      const int64_t i = place.row(a), j = place.column(b);
+      if (i < j && j < settings.rows)  // mask: a pair counts once, and padded rows not at all
+        run(a, b, settings.alpha[i * settings.rows + j], i, j);
+    }
+  }
+}
+
+// Sums a tile's overlaps; the last tile to finish sums the tiles' sums, in order.
+template <class A, bool LOG>
+struct SumOverlaps {
+  // In the log domain no pair is ever too far to matter: what counts is its distance to the
+  // nearest.
+  static constexpr bool kStop = !LOG;
+  OverlapSettings<A> settings;
+  OverlapPart<A>* parts;  // (tiles,)
+  int* all_done;
+  int64_t tiles;
+  A* value;
+
+  __device__ A limit() const { return A(4 * kFarthest<A>); }
+  __device__ void operator()(const TilePlace<A>& place, const A (&sum)[kMicro<A>][kMicro<A>],
+                             TileShared<A>& shared) const {
+    const OverlapPart<A> part = overlap_sum<A>(LOG, shared.scratch, [&](auto visit) {
+      for_pairs(settings, place, [&](int a, int b, A weight, int64_t, int64_t) {
+        visit_pair(LOG, weight, distance_from(sum[a][b]), visit);
+      });
+    });
+    if (threadIdx.x == 0) parts[place.number] = part;
+    if (!arrives_last(all_done, tiles, shared.last)) return;
+    const OverlapPart<A> all = overlap_sum<A>(LOG, shared.scratch, [&](auto visit) {
+      for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x)
+        visit(parts[tile].max, parts[tile].sum);
+    });
+    const A total = total_weight(settings, shared.scratch);
+    if (threadIdx.x == 0) *value = overlap_value(all, total, settings.eps, LOG);
+  }
+};
+
+// Writes dL/dD of a tile's pairs.
+template <class A, bool LOG>
+struct WriteGradients {
+  static constexpr bool kStop = !LOG;
+  OverlapSettings<A> settings;
+  const A* grad;
+  const A* value;
+  A* gradients;  // (tiles, kTileRows, kTileRows)
+
+  __device__ A limit() const { return A(4 * kFarthest<A>); }
+  __device__ void operator()(const TilePlace<A>& place, const A (&sum)[kMicro<A>][kMicro<A>],
+                             TileShared<A>& shared) const {
+    const A total = total_weight(settings, shared.scratch);
+    A* tile = gradients + place.number * kTileRows<A> * kTileRows<A>;
+    for_pairs(settings, place, [&](int a, int b, A weight, int64_t i, int64_t j) {
+      tile[(i - place.first[0]) * kTileRows<A> + j - place.first[1]] = overlap_gradient(
+          LOG, *grad, weight, distance_from(sum[a][b]), *value, total, settings.eps);
+    });
+  }
+};
+
+template <class A>
+struct TileGradients {
+  const A* gradients;
+  __device__ A operator()(int64_t tile, int64_t i, int64_t j) const {
+    constexpr int64_t kRows = kTileRows<A>;
+    return gradients[(tile * kRows + i % kRows) * kRows + j % kRows];
+  }
+};
+
+// mean, var (K, D), alpha (K, K) -> value.
+template <class A, class Launcher>
+void weighted_overlap(Launcher& launch, const A* mean, const A* var, const A* alpha, int64_t rows,
+                      int64_t dims, double eps, bool log, A* value) {
+  A* row_weight = launch.template scratch<A>(rows);
+  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
+  OverlapPart<A>* parts = launch.template scratch<OverlapPart<A>>(job.tiles);
+  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
+  if (log)
+    launch_tiles(launch, job,
+                 SumOverlaps<A, true>{settings, parts, job.all_done, job.tiles, value});
+  else
+    launch_tiles(launch, job,
+                 SumOverlaps<A, false>{settings, parts, job.all_done, job.tiles, value});
+}
+
+// grad and value (scalars) -> grad_mean, grad_var (K, D).
+template <class A, class Launcher>
+void weighted_overlap_backward(Launcher& launch, const A* grad, const A* value, const A* mean,
+                               const A* var, const A* alpha, int64_t rows, int64_t dims, double eps,
+                               bool log, A* grad_mean, A* grad_var) {
+  if (rows == 0) return;
+  A* row_weight = launch.template scratch<A>(rows);
+  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
+  A* gradients = launch.template scratch<A>(job.tiles * kTileRows<A> * kTileRows<A>);
+  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
+  if (log)
+    launch_tiles(launch, job, WriteGradients<A, true>{settings, grad, value, gradients});
+  else
+    launch_tiles(launch, job, WriteGradients<A, false>{settings, grad, value, gradients});
+  tiles_backward(launch, job, TileGradients<A>{gradients}, grad_mean, grad_var);
+}
+
+}  // namespace cwbr::cuda
