@@ -15,6 +15,8 @@ import importlib.util
 import os
 from functools import cache
 
+import torch
+
 from cwbr_fused import extension
 
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -51,8 +53,11 @@ def check(backend: str) -> str:
     return backend
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(backend: str, device_type: str) -> str:
     """The name of the backend that runs for tensors on `device_type`.
+
+    torch.compile asks once, when it traces, and keeps the answer.
 
     Raises:
         ValueError: `backend` is unknown, or was named but cannot serve this device.

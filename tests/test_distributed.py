@@ -1,0 +1,407 @@
+"""N processes with B/N samples each equal one process with B samples.
+
+Starting a process costs seconds, so one start per number of processes runs every check; each
+check is still a test of its own. A check runs in every process and asserts there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cwbr_fused
+from cwbr_fused import backends, reference
+
+BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") is None]
+CLASSES = 9
+# Samples of each process: unequal, and none.
+SIZES = {2: (20, 13), 4: (11, 0, 17, 5)}
+
+if not dist.is_gloo_available():
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+
+@dataclass
+class Batch:
+    features: list[Tensor]
+    logits: Tensor
+    targets: Tensor
+
+    def part(self, rank: int, sizes: Sequence[int]) -> Batch:
+        """The samples of process `rank`; its features are leaves of their own."""
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        features = [z[own].detach().clone().requires_grad_() for z in self.features]
+        return Batch(features, self.logits[own], self.targets[own])
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        features = [z.detach().to(dtype).requires_grad_() for z in self.features]
+        return Batch(features, self.logits.to(dtype), self.targets)
+
+    def loss(self, **options: Any) -> Tensor:
+        return cwbr_fused.loss(self.features, self.logits, self.targets, **options)
+
+
+def batch(size: int, seed: int = 0, classes: int = CLASSES) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (size,), generator=generator)
+    logits = 2 * torch.randn(size, CLASSES, generator=generator)
+    features = [torch.randn(size, dims, generator=generator) for dims in (5, 3)]
+    return Batch([z.requires_grad_() for z in features], logits, targets)
+
+
+def assert_equals_one_process(
+    whole: Batch, rank: int, sizes: Sequence[int], rounding: float, **options: Any
+) -> None:
+    """Value and gradient over all processes are those of one process with all samples."""
+    own = whole.part(rank, sizes)
+    value = own.loss(group="world", **options)
+    expected = whole.loss(**options)
+    torch.testing.assert_close(value, expected, rtol=rounding, atol=rounding)
+    wanted = torch.autograd.grad(expected, whole.features)
+    value.backward()
+    for z, gradient in zip(own.features, wanted, strict=True):
+        assert z.grad is not None
+        # The sum over processes of equal losses; DDP divides by their number.
+        torch.testing.assert_close(
+            z.grad / len(sizes),
+            gradient[sum(sizes[:rank]) :][: sizes[rank]],
+            rtol=0,
+            atol=10 * rounding * float(gradient.abs().max()),
+        )
+
+
+def check_loss_and_gradient_equal_one_process(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    for seed, backend in enumerate(BACKENDS):
+        for top_m in (1, 8, None):
+            for objective in ("overlap", "log_overlap"):
+                options = {"top_m": top_m, "objective": objective, "backend": backend}
+                whole = batch(sum(sizes), seed)
+                assert_equals_one_process(whole, rank, sizes, 1e-6, **options)
+                assert_equals_one_process(whole.to(torch.float64), rank, sizes, 1e-13, **options)
+
+
+def check_classes_split_over_processes_count_together(rank: int, world: int) -> None:
+    """No process alone has two samples of a class, or all classes are of one process each."""
+    one_of_each = Batch(*vars(batch(CLASSES * world)).values())
+    one_of_each.targets = torch.arange(CLASSES).repeat(world)
+    assert one_of_each.part(rank, [CLASSES] * world).loss().item() == 0
+    apart = batch(6 * world)
+    apart.targets = torch.arange(2 * world).repeat_interleave(3)
+    for whole, sizes in ((one_of_each, [CLASSES] * world), (apart, [6] * world)):
+        assert whole.loss().item() > 0
+        assert_equals_one_process(whole, rank, sizes, 1e-6)
+        assert_equals_one_process(whole, rank, sizes, 1e-6, min_count=3, top_m=None)
+
+
+def check_a_large_common_mean_survives_the_merge(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    whole = batch(sum(sizes), 1)
+    whole.features = [(z.detach() + 1000).requires_grad_() for z in whole.features]
+    truth = reference.loss([z.double() for z in whole.features], whole.logits, whole.targets)
+    value = whole.part(rank, sizes).loss(group="world")
+    torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=0)
+
+
+def check_every_process_weights_the_loss_by_itself(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    whole = batch(sum(sizes), 2)
+    own = whole.part(rank, sizes)
+    (own.loss(group="world") * (rank + 1)).backward()
+    (wanted,) = torch.autograd.grad(whole.loss(), whole.features[:1])
+    expected = wanted[sum(sizes[:rank]) :][: sizes[rank]] * sum(range(1, world + 1))
+    torch.testing.assert_close(own.features[0].grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def check_fewer_than_two_usable_classes_give_a_connected_zero(rank: int, world: int) -> None:
+    for targets in ([0] * 3, [rank] * 1, []):
+        own = batch(len(targets))
+        own.targets = torch.tensor(targets, dtype=torch.int64)
+        for top_m in (8, None):
+            value = own.loss(group="world", top_m=top_m)
+            gradients = torch.autograd.grad(value, own.features)
+            assert value.item() == 0
+            assert not any(g.any() for g in gradients)
+
+
+def check_only_moments_travel(rank: int, world: int) -> None:
+    samples, classes = 50, 3
+    own = batch(samples, rank, classes)
+    collectives: list[tuple[str, int]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace == "c10d":
+                collectives.append((func._opname, sum(t.numel() for t in args[0])))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        own.loss(group="world").backward()
+    moments = classes * sum(z.shape[1] for z in own.features)
+    sizes = [CLASSES, classes * classes, moments, moments, 2 * moments]
+    assert collectives == [("allreduce_", size) for size in sizes]
+
+
+def check_a_broken_sample_of_one_process_is_seen_by_all(rank: int, world: int) -> None:
+    own = batch(12, 3)
+    own.targets = torch.arange(12) % 3
+    if rank == world - 1:
+        with torch.no_grad():
+            own.features[0][0] = float("inf")
+    value = own.loss(group="world")
+    value.backward()
+    assert value.isnan()
+    assert own.features[0].grad is not None
+    assert own.features[0].grad[own.targets == 0].isnan().all()
+
+
+def check_half_precision_is_merged_in_float32(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    for dtype in (torch.float16, torch.bfloat16):
+        whole = batch(sum(sizes), 4).to(dtype)
+        own = whole.part(rank, sizes)
+        value = own.loss(group="world")
+        torch.testing.assert_close(value, whole.loss(), rtol=1e-5, atol=0)
+        assert value.dtype == torch.float32
+        assert torch.autograd.grad(value, own.features[0])[0].dtype == dtype
+
+
+def check_a_group_of_some_processes_takes_their_statistics(rank: int, world: int) -> None:
+    pair = dist.new_group([0, 1])
+    sizes = [15, 15]
+    whole = batch(30, 5)
+    if rank in (0, 1):
+        value = whole.part(rank, sizes).loss(group=pair)
+        torch.testing.assert_close(value, whole.loss(), rtol=1e-5, atol=0)
+    else:
+        with pytest.raises(TypeError, match=r"group: .*belongs to"):
+            whole.loss(group=pair)
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    own = whole.part(0, sizes)
+    assert torch.equal(own.loss(group=alone), own.loss())
+
+
+def check_the_module_survives_copies(rank: int, world: int) -> None:
+    whole = batch(24 * world, 6)
+    own = whole.part(rank, [24] * world)
+    module = cwbr_fused.ConfusionWeightedBhatReg(["a"], group="world")
+    expected = cwbr_fused.loss(whole.features[0], whole.logits, whole.targets)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        value = twin({"a": own.features[0]}, own.logits, own.targets)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+
+
+def check_second_derivative_is_refused(rank: int, world: int) -> None:
+    own = batch(20, rank)
+    value = own.loss(group="world")
+    (gradient,) = torch.autograd.grad(value, own.features[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no double backward.*cwbr_fused\.reference"):
+        torch.autograd.grad(gradient.sum(), own.features[0])
+
+
+class Network(nn.Module):
+    """Two layers of features and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.neck = nn.Linear(6, 8), nn.Linear(8, 7)
+        self.head = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        hidden = self.body(x).relu()
+        neck = self.neck(hidden)
+        return [hidden, neck], self.head(neck.relu())
+
+
+def objective(network: nn.Module, x: Tensor, y: Tensor, group: str | None) -> Tensor:
+    features, logits = network(x)
+    reg = cwbr_fused.loss(features, logits, y, top_m=16, group=group)
+    return cwbr_fused.scale_match(cross_entropy(logits, y), reg)
+
+
+def micro_batches(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(count, size, 6, generator=generator)
+    targets = torch.randint(CLASSES, (count, size), generator=generator)
+    return list(zip(inputs, targets, strict=True))
+
+
+def assert_same_parameters(
+    actual: nn.Module, expected: nn.Module, what: str = "data", rounding: float = 1e-5
+) -> None:
+    vectors = []
+    for module in (actual, expected):
+        tensors = [getattr(p, what) for p in module.parameters()]
+        full = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+        vectors.append(torch.cat([t.flatten() for t in full]))
+    error = (vectors[0] - vectors[1]).norm() / vectors[1].norm()
+    assert error < rounding, f"{what}: relative error {error}"
+
+
+def check_ddp_training_equals_one_process(rank: int, world: int) -> None:
+    own = slice(12 * rank, 12 * (rank + 1))
+    for dtype, rounding in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        single, network = Network().to(dtype), Network().to(dtype)
+        parallel = DistributedDataParallel(network)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (single, network)]
+        for x, y in micro_batches(3, 12 * world):
+            inputs = x.to(dtype)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            objective(single, inputs, y, None).backward()
+            objective(parallel, inputs[own], y[own], "world").backward()
+            assert_same_parameters(network, single, "grad", rounding)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_same_parameters(network, single, "data", rounding)
+
+
+def check_gradients_accumulate_over_micro_batches(rank: int, world: int) -> None:
+    single, network = Network(), Network()
+    parallel = DistributedDataParallel(network)
+    own = slice(12 * rank, 12 * (rank + 1))
+    first, last = micro_batches(2, 12 * world)
+    for x, y in (first, last):
+        (objective(single, x, y, None) / 2).backward()
+    with parallel.no_sync():
+        (objective(parallel, first[0][own], first[1][own], "world") / 2).backward()
+    (objective(parallel, last[0][own], last[1][own], "world") / 2).backward()
+    assert_same_parameters(network, single, "grad")
+
+
+def check_fsdp2_gradients_equal_one_process(rank: int, world: int) -> None:
+    single, network = Network(), Network()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (network.body, network.neck, network.head, network):
+        fully_shard(layer, mesh=mesh)
+    own = slice(12 * rank, 12 * (rank + 1))
+    for x, y in micro_batches(2, 12 * world):
+        (objective(single, x, y, None) / 2).backward()
+        (objective(network, x[own], y[own], "world") / 2).backward()
+    assert all(isinstance(p.grad, DTensor) for p in network.parameters())
+    assert_same_parameters(network, single, "grad")
+
+
+def check_a_compiled_step_breaks_its_graph_and_agrees(rank: int, world: int) -> None:
+    if world > 2:
+        return  # Tracing takes seconds in each process.
+    networks = Network(), Network()
+    x, y = micro_batches(1, 16)[0]
+    objective(networks[0], x + rank, y, "world").backward()
+    torch.compile(objective, backend="eager")(networks[1], x + rank, y, "world").backward()
+    assert_same_parameters(networks[1], networks[0], "grad")
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="number of usable classes"):
+        torch.compile(objective, backend="eager", fullgraph=True)(networks[1], x, y, "world")
+
+
+def check_a_process_that_does_not_call_is_an_error(rank: int, world: int) -> None:
+    for stage in ("forward", "backward"):
+        impatient = dist.new_group(timeout=timedelta(seconds=2))
+        own = batch(20)
+        if stage == "backward":
+            value = own.loss(group=impatient)
+        if rank == 0:
+            started = time.monotonic()
+            with pytest.raises(RuntimeError):
+                own.loss(group=impatient) if stage == "forward" else value.backward()
+            assert time.monotonic() - started < 30
+    dist.barrier()
+
+
+def check_a_process_that_died_is_an_error(rank: int, world: int) -> None:
+    """Must be the last: the other processes are gone afterwards."""
+    if rank != 0:
+        os._exit(0)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        batch(20).loss(group="world")
+    assert time.monotonic() - started < 30
+
+
+CHECKS: dict[str, Callable[[int, int], None]] = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_")
+}
+
+
+def run_checks(rank: int, world: int, folder: str) -> None:
+    """What each process does; its failures go to a file, which outlives it."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30)
+    )
+    with open(f"{folder}/{rank}", "w") as report:
+        for name, check in CHECKS.items():
+            report.write(json.dumps([name, "started, did not return"]) + "\n")
+            report.flush()
+            try:
+                check(rank, world)
+                outcome = "passed"
+            except BaseException:
+                outcome = traceback.format_exc()
+            report.write(json.dumps([name, outcome]) + "\n")
+            report.flush()
+
+
+@cache
+def outcomes(world: int) -> list[dict[str, str]]:
+    """The outcome of every check, by process."""
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=run_checks, args=(rank, world, folder)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 240
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        reports = [Path(folder, str(rank)) for rank in range(world)]
+        return [
+            dict(json.loads(line) for line in report.read_text().splitlines())
+            if report.exists()
+            else {}
+            for report in reports
+        ]
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("name", CHECKS)
+def test_over_processes(name: str, world: int) -> None:
+    by_rank = [outcome.get(name, "never started") for outcome in outcomes(world)]
+    if name == "a_process_that_died_is_an_error":
+        by_rank = by_rank[:1]
+    failures = [f"process {rank}: {o}" for rank, o in enumerate(by_rank) if o != "passed"]
+    assert not failures, "\n".join(failures)
