@@ -2,42 +2,60 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "pair_blocks.h"
+#include "parallel.h"
 
 namespace cwbr {
 
+namespace {
+
+// Work below this many (pair, vector of dimensions)s is not worth a second thread.
+constexpr int64_t kGrain = 20000;
+
+// A power of two that brings typical variances of these pairs to 1, from a few of them.
 template <class T>
-void pair_distance(const T* mean, const T* var, const int64_t* pairs, int64_t m, int64_t, int64_t d,
-                   double eps, T* distance) {
-  for (int64_t p = 0; p < m; ++p) {
-    const int64_t i = pairs[2 * p] * d, j = pairs[2 * p + 1] * d;
-    double sum = 0;
-    for (int64_t x = 0; x < d; ++x) {
-      const double wi = var[i + x] + eps, wj = var[j + x] + eps;
-      const double diff = double(mean[i + x]) - mean[j + x];
-      sum += diff * diff / (4 * (wi + wj)) + std::log1p((wi - wj) / wi * ((wi - wj) / wj) / 4) / 4;
+T typical_scale(const Rows<T>& rows, const int64_t* pairs, int64_t m) {
+  constexpr int64_t most_pairs = 16, most_dims = 4;
+  int64_t sum = 0, count = 0;
+  for (int64_t p = 0; p < m; p += (m + most_pairs - 1) / most_pairs)
+    for (int64_t x = 0; x < rows.d; x += (rows.d + most_dims - 1) / most_dims) {
+      const T w = rows.var[pairs[2 * p] * rows.d + x] + rows.eps;
+      if (!(w > 0) || !std::isfinite(w)) continue;
+      sum += std::ilogb(w);
+      ++count;
     }
-    distance[p] = T(sum);
-  }
+  return count == 0 ? T(1) : std::ldexp(T(1), -int(sum / count));
+}
+
+}  // namespace
+
+template <class T>
+void pair_distance(const T* mean, const T* var, const int64_t* pairs, int64_t m, int64_t k,
+                   int64_t d, double eps, T* distance) {
+  const PairKernels<T>& kernels = pair_kernels<T>();
+  const Rows<T> rows = {mean, var, k, d, T(eps)};
+  const T scale = typical_scale(rows, pairs, m);
+  const int64_t vectors = d / kernels.lanes + 1;
+  parallel_for(0, m, 1 + kGrain / vectors, [&](int64_t first, int64_t last) {
+    kernels.pair_distance(rows, pairs, first, last, scale, distance);
+  });
 }
 
 template <class T>
 void pair_distance_backward(const T* grad, const T* mean, const T* var, const int64_t* pairs,
                             int64_t m, int64_t k, int64_t d, double eps, T* grad_mean,
                             T* grad_var) {
-  std::fill(grad_mean, grad_mean + k * d, T(0));
-  std::fill(grad_var, grad_var + k * d, T(0));
-  for (int64_t p = 0; p < m; ++p) {
-    const int64_t i = pairs[2 * p] * d, j = pairs[2 * p + 1] * d;
-    const double g = grad[p];
-    for (int64_t x = 0; x < d; ++x) {
-      const double wi = var[i + x] + eps, wj = var[j + x] + eps, s = wi + wj;
-      const double t = (double(mean[i + x]) - mean[j + x]) / s;
-      grad_mean[i + x] += T(g * t / 2);
-      grad_mean[j + x] -= T(g * t / 2);
-      grad_var[i + x] += T(g * ((wi - wj) / (s * wi) - t * t) / 4);
-      grad_var[j + x] += T(g * ((wj - wi) / (s * wj) - t * t) / 4);
-    }
-  }
+  const PairKernels<T>& kernels = pair_kernels<T>();
+  const Rows<T> rows = {mean, var, k, d, T(eps)};
+  // Threads share out the dimensions, so that every sum over pairs has one order.
+  const int64_t width = 8 * kernels.lanes, slices = (d + width - 1) / width;
+  parallel_for(0, slices, 1 + kGrain / (8 * (2 * m + k)), [&](int64_t first, int64_t last) {
+    const Buffer<T> work(k * width);
+    for (int64_t slice = first; slice < last; ++slice)
+      kernels.pair_distance_backward(rows, grad, pairs, m, slice * width,
+                                     std::min(d, (slice + 1) * width), work.get(), grad_mean,
+                                     grad_var);
+  });
 }
 
 #define CWBR_INSTANTIATE(T)                                                                   \
@@ -47,5 +65,6 @@ void pair_distance_backward(const T* grad, const T* mean, const T* var, const in
                                        int64_t, int64_t, double, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
+#undef CWBR_INSTANTIATE
 
 }  // namespace cwbr

@@ -1,50 +1,155 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
+#include "pair_blocks.h"
+#include "parallel.h"
 
 namespace cwbr {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// exp(-D) is 0 in T where D exceeds this: a pair known to be that far apart needs no exact
+// distance. The environment variable CWBR_EARLY_EXIT=0 computes all distances to the end.
+template <class T>
+T far_apart(bool log) {
+  const char* setting = std::getenv("CWBR_EARLY_EXIT");
+  if (log || (setting != nullptr && std::strcmp(setting, "0") == 0)) return -1;
+  return sizeof(T) == 4 ? T(105) : T(747);
+}
+
+// Sum of the weights of all pairs i < j.
+template <class T>
+double total_weight(const T* alpha, int64_t k) {
+  std::vector<double> by_row(k);
+  parallel_for(0, k, 1 + (1 << 17) / (k + 1), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      double sum = 0;
+      for (int64_t j = i + 1; j < k; ++j) sum += alpha[i * k + j];
+      by_row[i] = sum;
+    }
+  });
+  double total = 0;
+  for (double sum : by_row) total += sum;
+  return total;
+}
+
+// The shares of all pairs in a logarithm's gradient sum to 1, but for the rounding of the
+// logarithm, which moves each by the same factor.
+template <class T>
+void scale_all(double factor, int64_t size, T* grad_mean, T* grad_var) {
+  parallel_for(0, size, 1 << 16, [&](int64_t first, int64_t last) {
+    for (int64_t x = first; x < last; ++x) {
+      grad_mean[x] *= T(factor);
+      grad_var[x] *= T(factor);
+    }
+  });
+}
+
+// sum * exp(highest): the weighted overlap of some pairs, far below the range of a double.
+struct LogSum {
+  double sum = 0, highest = -kInfinity;
+
+  void add(const LogSum& other) {
+    const double top = std::max(highest, other.highest);
+    if (top == -kInfinity) {
+      sum += other.sum;  // NaN stays
+      return;
+    }
+    sum = sum * std::exp(highest - top) + other.sum * std::exp(other.highest - top);
+    highest = top;
+  }
+};
+
+// Calls use(weight, distance) for the pairs of a tile.
+template <class T, class Use>
+void for_pairs(const Tile<T>& tile, const T* alpha, int64_t k, const Use& use) {
+  for (int64_t r = 0; r < tile.rows_i; ++r)
+    for (int64_t c = tile.i == tile.j ? r + 1 : 0; c < tile.rows_j; ++c)
+      use(alpha[(tile.i + r) * k + tile.j + c], tile.distance[r * kTile + c]);
+}
+
+template <class T>
+LogSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, bool log) {
+  LogSum result;
+  if (!log) {
+    result.highest = 0;
+    for_pairs(tile, alpha, k,
+              [&](T weight, T distance) { result.sum += weight * std::exp(-distance); });
+    return result;
+  }
+  for_pairs(tile, alpha, k, [&](T weight, T distance) {
+    if (weight != 0) result.highest = std::max(result.highest, -double(distance));
+  });
+  const double top = result.highest == -kInfinity ? 0 : result.highest;
+  for_pairs(tile, alpha, k, [&](T weight, T distance) {
+    if (weight != 0) result.sum += weight * std::exp(-double(distance) - top);
+  });
+  return result;
+}
+
+}  // namespace
 
 template <class T>
 T weighted_overlap(const T* mean, const T* var, const T* alpha, int64_t k, int64_t d, double eps,
                    bool log) {
-  std::vector<T> distance(k * k);
-  all_pair_distance(mean, var, k, d, eps, distance.data());
-  double total = 0, sum = 0, highest = -std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = i + 1; j < k; ++j) {
-      total += alpha[i * k + j];
-      sum += alpha[i * k + j] * std::exp(-distance[i * k + j]);
-      if (alpha[i * k + j] > 0) highest = std::max(highest, -double(distance[i * k + j]));
+  const double total = total_weight(alpha, k);
+  if (log && total == 0) return 0;
+  PairBlocks<T> blocks(mean, var, k, d, eps);
+  const T limit = far_apart<T>(log);
+  LogSum overlap;
+  std::vector<LogSum> by_tile;
+  for (int64_t a = 0; a < blocks.count(); ++a)
+    for (int64_t b = a; b < blocks.count(); ++b) {
+      by_tile.assign(blocks.tiles(a, b), LogSum());
+      blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
+        by_tile[tile.index] = tile_overlap(tile, alpha, k, log);
+      });
+      for (const LogSum& sum : by_tile) overlap.add(sum);
     }
-  if (!log) return T(sum / std::max(total, eps));
-  if (total == 0) return 0;
-  sum = 0;
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = i + 1; j < k; ++j)
-      sum += alpha[i * k + j] * std::exp(-double(distance[i * k + j]) - highest);
-  return T(std::log(sum / total) + highest);
+  if (!log) return T(overlap.sum / std::max(total, eps));
+  return T(std::log(overlap.sum / total) + (overlap.sum == 0 ? 0 : overlap.highest));
 }
 
 template <class T>
 void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, const T* alpha,
                                int64_t k, int64_t d, double eps, bool log, T* grad_mean,
                                T* grad_var) {
-  std::vector<T> distance(k * k);
-  all_pair_distance(mean, var, k, d, eps, distance.data());
-  double total = 0;
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = i + 1; j < k; ++j) total += alpha[i * k + j];
-  const double shift = log ? double(value) : 0;
-  const double scale = !log ? 1 / std::max(total, eps) : total == 0 ? 0 : 1 / total;
-  std::vector<T> grad_distance(k * k);
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = i + 1; j < k; ++j)
-      grad_distance[i * k + j] =
-          T(-grad * alpha[i * k + j] * scale * std::exp(-double(distance[i * k + j]) - shift));
-  all_pair_distance_backward(grad_distance.data(), mean, var, k, d, eps, grad_mean, grad_var);
+  std::fill_n(grad_mean, k * d, T(0));
+  std::fill_n(grad_var, k * d, T(0));
+  const double total = total_weight(alpha, k);
+  if (log && total == 0) return;
+  const double scale = -double(grad) / std::max(total, eps);
+  PairBlocks<T> blocks(mean, var, k, d, eps);
+  BlockGradient<T> gradient(blocks.max_rows());
+  const T limit = far_apart<T>(log);
+  std::vector<double> by_tile;
+  double shares = 0;
+  for (int64_t a = 0; a < blocks.count(); ++a)
+    for (int64_t b = a; b < blocks.count(); ++b) {
+      by_tile.assign(blocks.tiles(a, b), 0);
+      gradient.reset(blocks.first(a), blocks.rows(a), blocks.first(b), blocks.rows(b));
+      blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
+        gradient.write_tile(tile.i, tile.j, tile.rows_i, tile.rows_j, [&](int64_t r, int64_t c) {
+          const T weight = alpha[r * k + c];
+          const T distance = tile.distance[(r - tile.i) * kTile + c - tile.j];
+          if (!log) return T(scale * weight * std::exp(-distance));
+          if (weight == 0) return T(0);
+          const double share = weight / total * std::exp(-double(distance) - double(value));
+          by_tile[tile.index] += share;
+          return T(-grad * share);
+        });
+      });
+      for (double share : by_tile) shares += share;
+      blocks.add_gradient(gradient, grad_mean, grad_var);
+    }
+  if (log) scale_all(1 / shares, k * d, grad_mean, grad_var);
 }
 
 #define CWBR_INSTANTIATE(T)                                                                     \
@@ -53,5 +158,6 @@ void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, con
                                           double, bool, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
+#undef CWBR_INSTANTIATE
 
 }  // namespace cwbr

@@ -1,0 +1,30 @@
+// What the code of one instruction set includes, before the compiler is switched to it: an inline
+// function of the standard library must not be compiled for instructions that others lack.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own headers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+#include "pair_kernels.h"
+
+#define CWBR_INLINE __attribute__((always_inline)) inline
+#define CWBR_LAMBDA_INLINE __attribute__((always_inline))
+#if defined(__clang__)
+#define CWBR_PRAGMA(x) _Pragma(#x)
+#define CWBR_UNROLL(n) CWBR_PRAGMA(unroll n)
+#else
+#define CWBR_PRAGMA(x) _Pragma(#x)
+#define CWBR_UNROLL(n) CWBR_PRAGMA(GCC unroll n)
+#endif

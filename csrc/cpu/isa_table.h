@@ -1,0 +1,26 @@
+// Everything of one instruction set: included by isa_<name>.cpp, which first includes isa_headers.h
+// and then names its namespace CWBR_ISA and switches the compiler to its instructions.
+
+#include "simd.h"
+// simd.h comes first.
+#include "all_pair_distance_simd.h"
+#include "pair_distance_simd.h"
+
+namespace cwbr::CWBR_ISA {
+
+template <class T>
+const PairKernels<T>& pair_kernels() {
+  static constexpr PairKernels<T> table = {kLanes<T>,
+                                           scale<T>,
+                                           pack<T>,
+                                           tile<T>,
+                                           gradient<T>,
+                                           pair_distance<T>,
+                                           pair_distance_backward<T>};
+  return table;
+}
+
+template const PairKernels<float>& pair_kernels<float>();
+template const PairKernels<double>& pair_kernels<double>();
+
+}  // namespace cwbr::CWBR_ISA

@@ -1,0 +1,167 @@
+#include "pair_blocks.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace cwbr {
+
+namespace {
+
+constexpr int64_t kPanelBytes = 4 << 20;
+constexpr int64_t kMaxRows = 512;
+// Work below this many (pair, vector of dimensions)s is not worth a second thread.
+constexpr int64_t kGrain = 20000;
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+int64_t grain(int64_t work_per_index) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_index));
+}
+
+// An odd number of vector pairs, so that rows do not all start in the same cache set.
+int64_t panel_stride(int64_t vectors, int64_t lanes) { return (vectors | 1) * 2 * lanes; }
+
+int64_t rows_per_block(int64_t k, int64_t row_bytes) {
+  const int64_t most =
+      std::clamp<int64_t>(kPanelBytes / row_bytes / kTile * kTile, kTile, kMaxRows);
+  const int64_t blocks = std::max<int64_t>(1, (k + most - 1) / most);
+  return std::max<int64_t>(kTile, round_up((k + blocks - 1) / blocks, kTile));
+}
+
+}  // namespace
+
+template <class T>
+BlockGradient<T>::BlockGradient(int64_t rows)
+    : grad_(rows * rows), nonzero_(rows / kGradientRows * (rows / kTile)), block_{} {}
+
+template <class T>
+void BlockGradient<T>::reset(int64_t first_i, int64_t rows_i, int64_t first_j, int64_t rows_j) {
+  block_ = {grad_.get(), nonzero_.get(), first_i, rows_i, first_j, rows_j};
+  const int64_t parts = (rows_i + kGradientRows - 1) / kGradientRows;
+  std::fill_n(nonzero_.get(), parts * tiles_j(), uint8_t(0));
+  std::fill_n(grad_.get(), parts * rows_j * kGradientRows, T(0));
+}
+
+template <class T>
+PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, double eps)
+    : kernels_(pair_kernels<T>()),
+      rows_{mean, var, k, d, T(eps)},
+      vectors_((d + kernels_.lanes - 1) / kernels_.lanes),
+      rows_per_block_(
+          rows_per_block(k, panel_stride(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
+      count_((k + rows_per_block_ - 1) / rows_per_block_),
+      mean_scale_(vectors_ * kernels_.lanes),
+      var_scale_(vectors_ * kernels_.lanes),
+      safe_((vectors_ + kGroup - 1) / kGroup),
+      scaling_{vectors_, mean_scale_.get(), var_scale_.get(), safe_.get()} {
+  const int64_t groups = (vectors_ + kGroup - 1) / kGroup;
+  parallel_for(0, groups, grain(k * kGroup),
+               [&](int64_t first, int64_t last) { kernels_.scale(rows_, first, last, scaling_); });
+}
+
+template <class T>
+int64_t PairBlocks<T>::rows(int64_t block) const {
+  return std::min(rows_per_block_, rows_.k - first(block));
+}
+
+template <class T>
+int64_t PairBlocks<T>::tiles(int64_t a, int64_t b) const {
+  const int64_t i = (rows(a) + kTile - 1) / kTile, j = (rows(b) + kTile - 1) / kTile;
+  return a == b ? i * (i + 1) / 2 : i * j;
+}
+
+template <class T>
+void PairBlocks<T>::pack(int64_t slot, int64_t block) {
+  if (packed_[slot] == block) return;
+  packed_[slot] = block;
+  const int64_t stride = panel_stride(vectors_, kernels_.lanes), marks = checkpoints(vectors_);
+  if (!values_[slot]) {
+    const int64_t per_row = stride + 2 + marks;
+    values_[slot] = std::make_unique<Buffer<T>>(rows_per_block_ * per_row);
+    T* at = values_[slot]->get();
+    T* after = at + rows_per_block_ * stride;
+    panels_[slot] = {at, after, after + rows_per_block_, after + 2 * rows_per_block_, stride};
+  }
+  const Panel<T>& panel = panels_[slot];
+  // An even number of rows, since tiles are computed by pairs of rows.
+  const int64_t count = round_up(rows(block), 2);
+  // Rows are packed by vectors of rows.
+  const int64_t batch = std::max(kernels_.lanes, 2), batches = (count + batch - 1) / batch;
+  parallel_for(0, batches, grain(batch * vectors_), [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
+    const Panel<T> part = {panel.values + row * stride, panel.exponent + row, panel.log + row,
+                           panel.checkpoints + row * marks, stride};
+    kernels_.pack(rows_, scaling_, first(block) + row, rows, part);
+  });
+}
+
+template <class T>
+void PairBlocks<T>::for_tiles(
+    int64_t a, int64_t b, int64_t grain,
+    const std::function<void(int64_t, int64_t, int64_t, int64_t, int64_t)>& visit) const {
+  const int64_t tiles_j = (rows(b) + kTile - 1) / kTile;
+  parallel_for(0, tiles(a, b), grain, [&](int64_t begin, int64_t end) {
+    // The tile row and column of index `begin`; on a diagonal, row r has tiles_j - r tiles.
+    int64_t r = 0, before = 0;
+    const auto in_row = [&](int64_t row) { return a == b ? tiles_j - row : tiles_j; };
+    while (before + in_row(r) <= begin) before += in_row(r++);
+    int64_t c = begin - before + (a == b ? r : 0);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t i = r * kTile, j = c * kTile;
+      visit(index, first(a) + i, first(b) + j, std::min<int64_t>(kTile, rows(a) - i),
+            std::min<int64_t>(kTile, rows(b) - j));
+      if (++c == tiles_j) {
+        ++r;
+        c = a == b ? r : 0;
+      }
+    }
+  });
+}
+
+template <class T>
+void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
+                              const std::function<void(const Tile<T>&)>& visit) {
+  pack(0, a);
+  if (a != b) pack(1, b);
+  const Panel<T>&panel_a = panels_[0], &panel_b = panels_[a != b];
+  const int64_t marks = checkpoints(vectors_);
+  const auto from = [&](const Panel<T>& panel, int64_t row) {
+    return Panel<T>{panel.values + row * panel.stride, panel.exponent + row, panel.log + row,
+                    panel.checkpoints + row * marks, panel.stride};
+  };
+  const int64_t tile_work = kTile * kTile * (vectors_ + 2);
+  for_tiles(a, b, grain(tile_work),
+            [&](int64_t index, int64_t i, int64_t j, int64_t rows_i, int64_t rows_j) {
+              alignas(64) T distance[kTile * kTile];
+              kernels_.tile(from(panel_a, i - first(a)), from(panel_b, j - first(b)), scaling_,
+                            rows_i, rows_j, i == j, limit, distance);
+              visit({index, i, j, rows_i, rows_j, distance});
+            });
+}
+
+template <class T>
+void PairBlocks<T>::add_gradient(const BlockGradient<T>& gradient, T* grad_mean,
+                                 T* grad_var) const {
+  const GradientBlock<T>& block = gradient.block();
+  const int64_t work_rows =
+      round_up(block.rows_i, kGradientRows) + round_up(block.rows_j, kGradientRows);
+  const bool diagonal = block.first_i == block.first_j;
+  const int64_t pairs = block.rows_i * block.rows_j / (diagonal ? 2 : 1);
+  // Threads share out the dimensions, so that every sum over pairs has one order. Two vectors at a
+  // time, since rows are read from memory by pairs of cache lines.
+  constexpr int64_t unit = 2;
+  parallel_for(0, (vectors_ + unit - 1) / unit, grain(unit * 2 * pairs),
+               [&](int64_t begin, int64_t end) {
+                 const Buffer<T> work(work_rows * 5 * kernels_.lanes);
+                 kernels_.gradient(rows_, scaling_, block, begin * unit,
+                                   std::min(vectors_, end * unit), work.get(), grad_mean, grad_var);
+               });
+}
+
+template class BlockGradient<float>;
+template class BlockGradient<double>;
+template class PairBlocks<float>;
+template class PairBlocks<double>;
+
+}  // namespace cwbr

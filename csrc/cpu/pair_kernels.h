@@ -1,0 +1,98 @@
+// The parts of the pair kernels that are compiled once per instruction set, as a table of
+// functions.
+#pragma once
+
+#include <cstdint>
+
+namespace cwbr {
+
+// Dimensions are taken by vectors of `PairKernels::lanes`; this many vectors share a denominator.
+constexpr int kGroup = 8;
+// Distances come in tiles of this many rows by this many rows.
+constexpr int kTile = 8;
+// Gradients take this many rows i at once against each row j.
+constexpr int kGradientRows = 4;
+
+template <class T>
+struct Rows {
+  const T* mean;  // (k, d)
+  const T* var;   // (k, d)
+  int64_t k, d;
+  T eps;
+};
+
+// D does not change when a dimension's means are multiplied by c and its variances by c^2. Powers
+// of two c centre each dimension's variances on 1, so that products of kGroup of them rarely leave
+// T's range; `safe` says for which groups of vectors they never do, for any two rows.
+template <class T>
+struct Scaling {
+  int64_t vectors;
+  T* mean;        // (vectors * lanes,), padded with 1
+  T* var;         // (vectors * lanes,), the squares
+  uint8_t* safe;  // (groups,)
+};
+
+// Rows ready for distances: for each vector of dimensions the scaled means, then the scaled
+// variances. L(row), half the log-determinant of twice the variances up to the factor 1/2, is kept
+// as exponent * log(2) + log. A partial exponent is kept every kCheckpoint groups.
+template <class T>
+struct Panel {
+  T* values;       // (rows, stride)
+  T* exponent;     // (rows,)
+  T* log;          // (rows,)
+  T* checkpoints;  // (rows, checkpoints(vectors))
+  int64_t stride;
+};
+
+constexpr int kCheckpoint = 4;
+constexpr int64_t checkpoints(int64_t vectors) { return vectors / (kGroup * kCheckpoint); }
+
+// The gradient of each distance of rows i with rows j, zero but for i < j. They either are the same
+// rows or share none. `nonzero` says which parts of kGradientRows x kTile pairs have any.
+template <class T>
+struct GradientBlock {
+  const T* grad;           // (ceil(rows_i / kGradientRows), rows_j, kGradientRows)
+  const uint8_t* nonzero;  // (ceil(rows_i / kGradientRows), ceil(rows_j / kTile))
+  int64_t first_i, rows_i, first_j, rows_j;
+};
+
+template <class T>
+struct PairKernels {
+  int lanes;
+
+  // Writes the scaling of groups [first, last).
+  void (*scale)(const Rows<T>& rows, int64_t first, int64_t last, const Scaling<T>& scaling);
+
+  // Writes panel rows [0, count) from rows first, first + 1, ...; the last one stands in for rows
+  // that do not exist.
+  void (*pack)(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
+               const Panel<T>& panel);
+
+  // distance (kTile, kTile) of the first rows_i rows of panel i and rows_j of panel j. Where
+  // `upper`, only i < j are specified. Where every distance is proven to exceed `limit` they may
+  // all be infinity instead.
+  void (*tile)(const Panel<T>& i, const Panel<T>& j, const Scaling<T>& scaling, int64_t rows_i,
+               int64_t rows_j, bool upper, T limit, T* distance);
+
+  // Adds the block's gradients for vectors [first, last). `work` holds 5 vectors per row,
+  // the rows of either side rounded up to kGradientRows.
+  void (*gradient)(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
+                   int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var);
+
+  // distance of pairs [first, last); var_scale is a power of two that brings typical variances
+  // to 1.
+  void (*pair_distance)(const Rows<T>& rows, const int64_t* pairs, int64_t first, int64_t last,
+                        T var_scale, T* distance);
+
+  // Writes the gradients of all rows for dimensions [first, last), first a multiple of lanes.
+  // `work` holds last - first numbers, rounded up to lanes, per row.
+  void (*pair_distance_backward)(const Rows<T>& rows, const T* grad, const int64_t* pairs,
+                                 int64_t m, int64_t first, int64_t last, T* work, T* grad_mean,
+                                 T* grad_var);
+};
+
+// The table for the instruction set that isa_name() names.
+template <class T>
+const PairKernels<T>& pair_kernels();
+
+}  // namespace cwbr
