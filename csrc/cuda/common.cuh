@@ -13,6 +13,9 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxWarps = 32;
 
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 template <class T>
 constexpr __host__ __device__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;

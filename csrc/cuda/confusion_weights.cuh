@@ -14,7 +14,7 @@ constexpr int kSoftmaxWarps = kSoftmaxThreads / kWarp;
 // Maximum and scaled sum of a part of a row: sum = sum(exp(x - max)).
 template <class A>
 struct PartialSoftmax {
-  A max = -std::numeric_limits<A>::infinity();
+  A max = -kInfinity<A>;
   A sum = 0;
 };
 
@@ -36,7 +36,7 @@ __device__ void include(PartialSoftmax<A>& part, const A (&values)[WIDTH]) {
   A sum = part.sum != 0 ? part.sum * exponential(part.max - max) : A{0};
 #pragma unroll
   for (int w = 0; w < WIDTH; ++w)
-    if (!(values[w] == -std::numeric_limits<A>::infinity())) sum += exponential(values[w] - max);
+    if (!(values[w] == -kInfinity<A>)) sum += exponential(values[w] - max);
   part = {max, sum};
 }
 

@@ -15,7 +15,7 @@ struct OverlapPart {
 // every part of this thread, the same ones each time.
 template <class A, class Each>
 __device__ OverlapPart<A> overlap_sum(bool log, A (&scratch)[kMaxWarps], Each each) {
-  constexpr A kNothing = -std::numeric_limits<A>::infinity();
+  constexpr A kNothing = -kInfinity<A>;
   A max = log ? kNothing : A{0}, sum = 0;
   if (log) {
     each([&](A part_max, A) { max = larger(max, part_max); });

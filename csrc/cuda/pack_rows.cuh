@@ -29,7 +29,7 @@ constexpr int kTileRows = kTileSide * kMicro<A>;
 
 // A row's scaled mean and variance (eps included) in one dimension.
 template <class A>
-struct Moment {
+struct alignas(2 * sizeof(A)) Moment {
   A mean, u;
 };
 template <class A>
@@ -43,15 +43,25 @@ constexpr __device__ Moment<A> neutral_moment() {
   return {A{0}, A{0.5}};
 }
 
+// One row over one stage. The logarithms also serve as padding: eight threads that read the same
+// place of eight rows touch all banks of shared memory once.
+template <class A>
+struct alignas(16) RowStage {
+  Moment<A> moments[kStage];
+  A logs;  // 4 D of the row to itself, halved, without its logarithms subtracted
+};
+
 template <class A>
 struct TileInput {
-  int64_t rows, padded_rows;  // K, and rounded up to whole tiles
-  int64_t dims, stages;       // D, and how many stages cover it
-  Moment<A>* moments;         // (padded_rows, stages * kStage)
-  A* logs;                    // (stages, padded_rows)
-  int* wide;                  // (stages,): products might leave the range
-  int* exponent;              // (stages * kStage,): variances were divided by 2^exponent
-  int64_t padded_dims() const { return stages * kStage; }
+  int rows, padded_rows;  // K, and rounded up to whole tiles
+  int64_t dims;           // D
+  int stages;             // how many stages cover D
+  RowStage<A>* packed;    // (stages, padded_rows)
+  int* wide;              // (stages,): products might leave the range
+  int* exponent;          // (stages * kStage,): variances were divided by 2^exponent
+  __device__ const Moment<A>* moment(int row, int64_t dim) const {
+    return &packed[dim / kStage * padded_rows + row].moments[dim % kStage];
+  }
 };
 
 __device__ inline int exponent_of(float x) {
@@ -72,10 +82,10 @@ __device__ A power_of_two(int exponent) {
 template <class A>
 constexpr int kMaxExponent = std::is_same_v<A, double> ? 1000 : 120;
 
-// Adds 4 D of kMicro x kMicro pairs over one stage, less the logarithms of the rows alone. Rows
-// are `pitch` moments apart.
+// Adds 4 D of MICRO x MICRO pairs over one stage, without the logarithms of the rows alone. The
+// rows, and the columns, are kTileSide apart.
 template <int MICRO, bool WIDE, class A>
-__device__ void add_stage(const Moment<A>* rows, const Moment<A>* columns, int pitch,
+__device__ void add_stage(const RowStage<A>* rows, const RowStage<A>* columns,
                           A (&sum)[MICRO][MICRO]) {
 #pragma unroll 1
   for (int share = 0; share < kStage; share += kShare) {
@@ -85,8 +95,9 @@ __device__ void add_stage(const Moment<A>* rows, const Moment<A>* columns, int p
       TwoMoments<A> row[MICRO], column[MICRO];
 #pragma unroll
       for (int a = 0; a < MICRO; ++a) {
-        row[a] = *reinterpret_cast<const TwoMoments<A>*>(rows + a * pitch + share + two);
-        column[a] = *reinterpret_cast<const TwoMoments<A>*>(columns + a * pitch + share + two);
+        row[a] = *reinterpret_cast<const TwoMoments<A>*>(rows[a * kTileSide].moments + share + two);
+        column[a] =
+            *reinterpret_cast<const TwoMoments<A>*>(columns[a * kTileSide].moments + share + two);
       }
 #pragma unroll
       for (int a = 0; a < MICRO; ++a) {
@@ -133,14 +144,14 @@ struct PackShared {
 
 // Each dimension's exponent, and whether the products of this stage might leave the range.
 template <class A>
-__device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in, int64_t stage,
-                            A eps, PackShared<A>& shared) {
+__device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in, int stage, A eps,
+                            PackShared<A>& shared) {
   const int lane = threadIdx.x / kStage, d = threadIdx.x % kStage;
-  const int64_t dim = stage * kStage + d;
+  const int64_t dim = int64_t{stage} * kStage + d;
   int least = 1 << 20, most = -(1 << 20), total = 0;
-  A low = std::numeric_limits<A>::infinity(), high = -low;
+  A low = kInfinity<A>, high = -low;
   if (dim < in.dims) {  // mask: the last stage is ragged
-    for (int64_t row = lane; row < in.rows; row += kTileSide) {
+    for (int row = lane; row < in.rows; row += kTileSide) {
       const int exponent = exponent_of(var[row * in.dims + dim] + eps);
       least = exponent < least ? exponent : least;
       most = exponent > most ? exponent : most;
@@ -191,10 +202,11 @@ __device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in,
 
 // Sum of a row of weights right of the diagonal.
 template <class A>
-__device__ void weigh_row(const A* alpha, int64_t rows, int64_t row, A (&scratch)[kMaxWarps],
+__device__ void weigh_row(const A* alpha, int rows, int row, A (&scratch)[kMaxWarps],
                           A* row_weight) {
   A sum = 0;
-  for (int64_t j = row + 1 + threadIdx.x; j < rows; j += blockDim.x) sum += alpha[row * rows + j];
+  alpha += int64_t{row} * rows;
+  for (int j = row + 1 + threadIdx.x; j < rows; j += blockDim.x) sum += alpha[j];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) row_weight[row] = sum;
 }
@@ -207,7 +219,7 @@ __global__ void __launch_bounds__(kTileThreads)
   PackShared<A>& shared = shared_memory<PackShared<A>>();
   if (blockIdx.x == 0)
     for (int t = threadIdx.x; t < num_tickets; t += blockDim.x) tickets[t] = 0;
-  const int64_t stage = blockIdx.x;
+  const int stage = blockIdx.x;
   if (stage >= in.stages) {
     weigh_row(alpha, in.rows, stage - in.stages, shared.scratch, row_weight);
     return;
@@ -216,24 +228,24 @@ __global__ void __launch_bounds__(kTileThreads)
   if (threadIdx.x == 0) in.wide[stage] = wide;
 
   const int d = threadIdx.x % kStage;
-  const int64_t dim = stage * kStage + d, pitch = in.stages * kStage;
+  const int64_t dim = int64_t{stage} * kStage + d;
   const A down = power_of_two<A>(-shared.exponent[d]);
   const A mean_down = power_of_two<A>(-shared.exponent[d] / 2);
-  for (int64_t row = threadIdx.x / kStage; row < in.padded_rows; row += kTileSide) {
+  RowStage<A>* packed = in.packed + int64_t{stage} * in.padded_rows;
+  for (int row = threadIdx.x / kStage; row < in.padded_rows; row += kTileSide) {
     Moment<A> moment = neutral_moment<A>();
     if (row < in.rows && dim < in.dims)  // mask: rows and dimensions are padded
       moment = {mean[row * in.dims + dim] * mean_down, (var[row * in.dims + dim] + eps) * down};
-    in.moments[row * pitch + dim] = moment;
+    packed[row].moments[d] = moment;
   }
   __syncthreads();
-  for (int64_t row = threadIdx.x; row < in.padded_rows; row += blockDim.x) {
-    const Moment<A>* own = in.moments + row * pitch + stage * kStage;
+  for (int row = threadIdx.x; row < in.padded_rows; row += blockDim.x) {
     A twice[1][1] = {};
     if (wide)
-      add_stage<1, true>(own, own, 0, twice);
+      add_stage<1, true>(packed + row, packed + row, twice);
     else
-      add_stage<1, false>(own, own, 0, twice);
-    in.logs[stage * in.padded_rows + row] = twice[0][0] / 2;
+      add_stage<1, false>(packed + row, packed + row, twice);
+    packed[row].logs = twice[0][0] / 2;
   }
 }
 

@@ -8,18 +8,9 @@
 
 namespace cwbr::cuda {
 
-// Shared memory for one stage: rows padded by 16 bytes, so that eight lanes reading eight rows
-// touch all 32 banks once.
-template <class A>
-struct TileStage {
-  static constexpr int kPitch = kStage + 16 / sizeof(Moment<A>);
-  Moment<A> moments[2][kTileRows<A>][kPitch];
-  A logs[2][kTileRows<A>];
-};
-
 template <class A>
 struct TileShared {
-  TileStage<A> stage[2];
+  RowStage<A> stage[2][2][kTileRows<A>];  // by turn, side and row
   A scratch[kMaxWarps];
   int last;
 };
@@ -27,11 +18,11 @@ struct TileShared {
 // Which tile a block works on: rows from first[0] and columns from first[1], first[0] <= first[1].
 template <class A>
 struct TilePlace {
-  int64_t number, first[2];
-  __device__ TilePlace(int64_t tile, int64_t padded_rows) : number(tile) {
+  int number, first[2];
+  __device__ TilePlace(int tile, int padded_rows) : number(tile) {
     const Pair pair = pair_of_number(tile, padded_rows / kTileRows<A> + 1);
-    first[0] = pair.i * kTileRows<A>;
-    first[1] = (pair.j - 1) * kTileRows<A>;
+    first[0] = static_cast<int>(pair.i) * kTileRows<A>;
+    first[1] = static_cast<int>(pair.j - 1) * kTileRows<A>;
   }
   // The a-th row or b-th column of this thread.
   __device__ int64_t row(int a) const { return first[0] + threadIdx.x / kTileSide + a * kTileSide; }
@@ -40,39 +31,37 @@ struct TilePlace {
   }
 };
 
+// Both sides of a tile are contiguous, in global as in shared memory.
 template <class A>
-__device__ void copy_stage(const TileInput<A>& in, const TilePlace<A>& place, int64_t stage,
-                           TileStage<A>& to) {
-  constexpr int kPieces = kStage * sizeof(Moment<A>) / 16;
-  constexpr int kPerPiece = 16 / sizeof(Moment<A>);
+__device__ void copy_stage(const RowStage<A>* rows, const RowStage<A>* columns,
+                           RowStage<A> (&to)[2][kTileRows<A>]) {
+  constexpr int kPieces = sizeof(to[0]) / 16;
 #pragma unroll
-  for (int side = 0; side < 2; ++side) {
-#pragma unroll
-    for (int t = threadIdx.x; t < kTileRows<A> * kPieces; t += kTileThreads) {
-      const int row = t / kPieces, piece = t % kPieces * kPerPiece;
-      copy_async(&to.moments[side][row][piece],
-                 in.moments + ((place.first[side] + row) * in.stages + stage) * kStage + piece);
+  for (int first = 0; first < kPieces; first += kTileThreads) {
+    const int piece = first + threadIdx.x;
+    if (piece < kPieces) {  // mask: the last round is short
+      copy_async(reinterpret_cast<uint4*>(to[0]) + piece,
+                 reinterpret_cast<const uint4*>(rows) + piece);
+      copy_async(reinterpret_cast<uint4*>(to[1]) + piece,
+                 reinterpret_cast<const uint4*>(columns) + piece);
     }
-  }
-  constexpr int kLogPieces = kTileRows<A> * sizeof(A) / 16;
-  if (threadIdx.x < 2 * kLogPieces) {
-    const int side = threadIdx.x / kLogPieces, piece = threadIdx.x % kLogPieces * 16 / sizeof(A);
-    copy_async(&to.logs[side][piece], in.logs + stage * in.padded_rows + place.first[side] + piece);
   }
 }
 
 // 4 D of this thread's pairs over the stages [begin, end). With STOP the block gives up once every
 // pair of the tile has passed `limit`: no term of D is negative.
 template <bool STOP, class A>
-__device__ void measure_tile(const TileInput<A>& in, const TilePlace<A>& place, int64_t begin,
-                             int64_t end, A limit, TileShared<A>& shared,
-                             A (&sum)[kMicro<A>][kMicro<A>]) {
-  constexpr int M = kMicro<A>, kPitch = TileStage<A>::kPitch;
+__device__ void measure_tile(const TileInput<A>& in, const TilePlace<A>& place, int begin, int end,
+                             A limit, TileShared<A>& shared, A (&sum)[kMicro<A>][kMicro<A>]) {
+  constexpr int M = kMicro<A>;
   const int row = threadIdx.x / kTileSide, column = threadIdx.x % kTileSide;
+  const RowStage<A>* stage_rows = in.packed + int64_t{begin} * in.padded_rows + place.first[0];
+  const int64_t to_columns = place.first[1] - place.first[0];
   bool undecided = true;
-  if (begin < end) copy_stage(in, place, begin, shared.stage[0]);
-  for (int64_t stage = begin; stage < end; ++stage) {
-    const TileStage<A>& now = shared.stage[(stage - begin) % 2];
+  if (begin < end) copy_stage(stage_rows, stage_rows + to_columns, shared.stage[begin % 2]);
+#pragma unroll 1
+  for (int stage = begin; stage < end; ++stage) {
+    const RowStage<A>(&now)[2][kTileRows<A>] = shared.stage[stage % 2];
     const bool wide = in.wide[stage];
     copy_async_wait();
     if constexpr (STOP) {
@@ -80,18 +69,19 @@ __device__ void measure_tile(const TileInput<A>& in, const TilePlace<A>& place, 
     } else {
       __syncthreads();
     }
-    if (stage + 1 < end) copy_stage(in, place, stage + 1, shared.stage[(stage + 1 - begin) % 2]);
-    const Moment<A>*rows = now.moments[0][row], *columns = now.moments[1][column];
+    stage_rows += in.padded_rows;
+    if (stage + 1 < end)
+      copy_stage(stage_rows, stage_rows + to_columns, shared.stage[(stage + 1) % 2]);
     if (wide)
-      add_stage<M, true>(rows, columns, kTileSide * kPitch, sum);
+      add_stage<M, true>(now[0] + row, now[1] + column, sum);
     else
-      add_stage<M, false>(rows, columns, kTileSide * kPitch, sum);
+      add_stage<M, false>(now[0] + row, now[1] + column, sum);
     undecided = false;
 #pragma unroll
     for (int a = 0; a < M; ++a) {
 #pragma unroll
       for (int b = 0; b < M; ++b) {
-        sum[a][b] -= now.logs[0][row + a * kTileSide] + now.logs[1][column + b * kTileSide];
+        sum[a][b] -= now[0][row + a * kTileSide].logs + now[1][column + b * kTileSide].logs;
         if constexpr (STOP) undecided = undecided || !(sum[a][b] > limit);
       }
     }
@@ -101,7 +91,7 @@ __device__ void measure_tile(const TileInput<A>& in, const TilePlace<A>& place, 
 // Several blocks share the stages of a tile; the last to arrive adds their sums in a fixed order.
 template <class A>
 struct Splits {
-  int64_t count;
+  int count;
   A* sums;       // (tiles, count, kMicro^2, kTileThreads)
   int* tickets;  // (tiles,), zero
 };
@@ -117,15 +107,15 @@ __device__ inline bool arrives_last(int* ticket, int64_t expected, int& shared_l
 }
 
 template <class A>
-__device__ bool gather_splits(const Splits<A>& splits, int64_t tile, int64_t split,
-                              int& shared_last, A (&sum)[kMicro<A>][kMicro<A>]) {
+__device__ bool gather_splits(const Splits<A>& splits, int tile, int split, int& shared_last,
+                              A (&sum)[kMicro<A>][kMicro<A>]) {
   constexpr int M = kMicro<A>;
-  A* sums = splits.sums + tile * splits.count * M * M * kTileThreads + threadIdx.x;
+  A* sums = splits.sums + int64_t{tile} * splits.count * M * M * kTileThreads + threadIdx.x;
   for (int k = 0; k < M * M; ++k) sums[(split * M * M + k) * kTileThreads] = sum[k / M][k % M];
   if (!arrives_last(splits.tickets + tile, splits.count, shared_last)) return false;
   for (int k = 0; k < M * M; ++k) {
     sum[k / M][k % M] = 0;
-    for (int64_t other = 0; other < splits.count; ++other)
+    for (int other = 0; other < splits.count; ++other)
       sum[k / M][k % M] += sums[(other * M * M + k) * kTileThreads];
   }
   return true;
@@ -136,7 +126,7 @@ template <class A, class Finish>
 __global__ void __launch_bounds__(kTileThreads, 2)
     tile_kernel(TileInput<A> in, Splits<A> splits, Finish finish) {
   TileShared<A>& shared = shared_memory<TileShared<A>>();
-  const int64_t tile = blockIdx.x / splits.count, split = blockIdx.x % splits.count;
+  const int tile = blockIdx.x / splits.count, split = blockIdx.x % splits.count;
   const TilePlace<A> place(tile, in.padded_rows);
   A sum[kMicro<A>][kMicro<A>] = {};
   measure_tile<Finish::kStop>(in, place, in.stages * split / splits.count,
@@ -154,7 +144,7 @@ template <class A>
 struct TileJob {
   TileInput<A> in;
   Splits<A> splits;
-  int64_t tiles;
+  int tiles;
   int* all_done;  // one more ticket, for what follows the last tile
 };
 
@@ -163,37 +153,34 @@ template <class A, class Launcher>
 TileJob<A> pack_tiles(Launcher& launch, const A* mean, const A* var, int64_t rows, int64_t dims,
                       double eps, const A* alpha, A* row_weight) {
   TileJob<A> job;
-  const int64_t across = ceil_div<int64_t>(rows, kTileRows<A>);
+  const int across = static_cast<int>(ceil_div<int64_t>(rows, kTileRows<A>));
   job.tiles = across * (across + 1) / 2;
   TileInput<A>& in = job.in;
-  in.rows = rows;
+  in.rows = static_cast<int>(rows);
   in.padded_rows = across * kTileRows<A>;
   in.dims = dims;
-  in.stages = dims > 0 ? ceil_div<int64_t>(dims, kStage) : 1;
-  in.moments = launch.template scratch<Moment<A>>(in.padded_rows * in.padded_dims());
-  in.logs = launch.template scratch<A>(in.stages * in.padded_rows);
+  in.stages = dims > 0 ? static_cast<int>(ceil_div<int64_t>(dims, kStage)) : 1;
+  in.packed = launch.template scratch<RowStage<A>>(int64_t{in.stages} * in.padded_rows);
   in.wide = launch.template scratch<int>(in.stages);
-  in.exponent = launch.template scratch<int>(in.padded_dims());
+  in.exponent = launch.template scratch<int>(int64_t{in.stages} * kStage);
 
-  const int64_t wanted = ceil_div<int64_t>(2 * launch.processors(), job.tiles);
-  const int64_t most = in.stages < 4 ? 1 : in.stages / 4;
-  job.splits.count = wanted < most ? wanted : most;
-  job.splits.tickets = launch.template scratch<int>(job.tiles + 1);
-  job.splits.sums =
-      job.splits.count == 1
-          ? nullptr
-          : launch.template scratch<A>(job.tiles * job.splits.count * kTileRows<A> * kTileRows<A>);
-  job.all_done = job.splits.tickets + job.tiles;
-  launch(pack_kernel<A>, in.stages + (alpha ? rows : 0), kTileThreads, sizeof(PackShared<A>), mean,
-         var, in, static_cast<A>(eps), alpha, row_weight, job.splits.tickets,
-         static_cast<int>(job.tiles + 1));
+  const int wanted = ceil_div(2 * launch.processors(), job.tiles > 0 ? job.tiles : 1);
+  const int most = in.stages < 4 ? 1 : in.stages / 4;
+  Splits<A>& splits = job.splits;
+  splits.count = wanted < most ? wanted : most;
+  splits.tickets = launch.template scratch<int>(job.tiles + 1);
+  const int64_t split_sums = int64_t{job.tiles} * splits.count * kTileRows<A> * kTileRows<A>;
+  splits.sums = splits.count == 1 ? nullptr : launch.template scratch<A>(split_sums);
+  job.all_done = splits.tickets + job.tiles;
+  launch(pack_kernel<A>, in.stages + (alpha ? in.rows : 0), kTileThreads, sizeof(PackShared<A>),
+         mean, var, in, static_cast<A>(eps), alpha, row_weight, splits.tickets, job.tiles + 1);
   return job;
 }
 
 template <class A, class Finish, class Launcher>
 void launch_tiles(Launcher& launch, const TileJob<A>& job, Finish finish) {
-  launch(tile_kernel<A, Finish>, job.tiles * job.splits.count, kTileThreads, sizeof(TileShared<A>),
-         job.in, job.splits, finish);
+  launch(tile_kernel<A, Finish>, int64_t{job.tiles} * job.splits.count, kTileThreads,
+         sizeof(TileShared<A>), job.in, job.splits, finish);
 }
 
 }  // namespace cwbr::cuda

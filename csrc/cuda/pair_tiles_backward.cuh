@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
 
   const int64_t at = slice * kBackwardThreads + threadIdx.x, dim = parts.first + at;
   if (at >= parts.width) return;  // mask: the last slice is ragged
-  const int64_t pitch = in.stages * kStage;
-  const Moment<A>* rows = in.moments + place.first[0] * pitch + dim;
-  const Moment<A>* columns = in.moments + place.first[1] * pitch + dim;
+  const RowStage<A>* rows = in.packed + dim / kStage * in.padded_rows + place.first[0];
+  const RowStage<A>* columns = rows + (place.first[1] - place.first[0]);
+  const int d = dim % kStage;
   const int64_t partner_of_rows = place.first[1] / kRows,
                 partner_of_columns = place.first[0] / kRows;
   Moment<A>* row_sums =
@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
     Moment<A> row[R], row_sum[R];
 #pragma unroll
     for (int k = 0; k < R; ++k) {
-      row[k] = rows[(first + k) * pitch];
+      row[k] = rows[first + k].moments[d];
       row_sum[k] = {A{0}, A{0}};
     }
 #pragma unroll 2
     for (int j = 0; any && j < kRows; ++j) {
-      const Moment<A> column = columns[j * pitch];
+      const Moment<A> column = columns[j].moments[d];
       Moment<A> column_sum = shared.columns[j][threadIdx.x];
       const auto& g = reinterpret_cast<const Adjacent<A, R>&>(shared.weight[j][first]).item;
 #pragma unroll
@@ -130,7 +130,8 @@ template <class A>
 __global__ void __launch_bounds__(kTileThreads)
     gather_parts_kernel(TileInput<A> in, Parts<A> parts, A* grad_mean, A* grad_var) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t row = at / parts.width, dim = parts.first + at % parts.width;
+  const int64_t dim = parts.first + at % parts.width;
+  const int row = static_cast<int>(at / parts.width);
   if (row >= in.rows || dim >= in.dims) return;  // mask: the last block and dimensions are ragged
   Moment<A> sum = {A{0}, A{0}};
   A weight = 0;
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kTileThreads)
     sum.u += part.u;
     weight += parts.weights[tile * in.padded_rows + row];
   }
-  const A u = in.moments[row * in.stages * kStage + dim].u;
+  const A u = in.moment(row, dim)->u;
   const int exponent = in.exponent[dim];
   grad_mean[row * in.dims + dim] = sum.mean / 2 * power_of_two<A>(-exponent / 2);
   grad_var[row * in.dims + dim] =
@@ -152,7 +153,7 @@ template <class A, class Weight, class Launcher>
 void tiles_backward(Launcher& launch, const TileJob<A>& job, Weight weight, A* grad_mean,
                     A* grad_var) {
   const TileInput<A>& in = job.in;
-  const int64_t across = in.padded_rows / kTileRows<A>, all = in.padded_dims();
+  const int64_t across = in.padded_rows / kTileRows<A>, all = int64_t{in.stages} * kStage;
   int64_t width = kPartBytes / (across * in.padded_rows * sizeof(Moment<A>)) / kBackwardThreads *
                   kBackwardThreads;
   if (width < kBackwardThreads) width = kBackwardThreads;

@@ -49,7 +49,7 @@ struct SumOverlaps {
   OverlapSettings<A> settings;
   OverlapPart<A>* parts;  // (tiles,)
   int* all_done;
-  int64_t tiles;
+  int tiles;
   A* value;
 
   __device__ A limit() const { return A(4 * kFarthest<A>); }
@@ -63,7 +63,7 @@ struct SumOverlaps {
     if (threadIdx.x == 0) parts[place.number] = part;
     if (!arrives_last(all_done, tiles, shared.last)) return;
     const OverlapPart<A> all = overlap_sum<A>(LOG, shared.scratch, [&](auto visit) {
-      for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x)
+      for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x)
         visit(parts[tile].max, parts[tile].sum);
     });
     const A total = total_weight(settings, shared.scratch);
@@ -84,7 +84,7 @@ struct WriteGradients {
   __device__ void operator()(const TilePlace<A>& place, const A (&sum)[kMicro<A>][kMicro<A>],
                              TileShared<A>& shared) const {
     const A total = total_weight(settings, shared.scratch);
-    A* tile = gradients + place.number * kTileRows<A> * kTileRows<A>;
+    A* tile = gradients + int64_t{place.number} * kTileRows<A> * kTileRows<A>;
     for_pairs(settings, place, [&](int a, int b, A weight, int64_t i, int64_t j) {
       tile[(i - place.first[0]) * kTileRows<A> + j - place.first[1]] = overlap_gradient(
           LOG, *grad, weight, distance_from(sum[a][b]), *value, total, settings.eps);
@@ -125,7 +125,7 @@ void weighted_overlap_backward(Launcher& launch, const A* grad, const A* value, 
   if (rows == 0) return;
   A* row_weight = launch.template scratch<A>(rows);
   const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
-  A* gradients = launch.template scratch<A>(job.tiles * kTileRows<A> * kTileRows<A>);
+  A* gradients = launch.template scratch<A>(int64_t{job.tiles} * kTileRows<A> * kTileRows<A>);
   const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
   if (log)
     launch_tiles(launch, job, WriteGradients<A, true>{settings, grad, value, gradients});
