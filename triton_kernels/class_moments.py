@@ -18,8 +18,11 @@ def group_moments(z, stride, dims, order, start, end, d, ACC: tl.constexpr, ROWS
     """Mean and sum of squared deviations of samples order[start:end] at dimensions d.
 
     Two passes over a tile of ROWS samples in registers; tiles are merged by the formula of Chan,
-    Golub and LeVeque (1983): M2 = M2a + M2b + delta^2 n_a n_b / n.
+    Golub and LeVeque (1983): M2 = M2a + M2b + delta^2 n_a n_b / n. All are taken relative to the
+    group's first sample, so that a mean far from 0 costs no digits.
     """
+    first_sample = tl.load(order + start, mask=start < end, other=0)
+    origin = tl.load(z + first_sample * stride + d, mask=d < dims, other=0).to(ACC)
     mean = tl.zeros(d.shape, ACC)
     squares = tl.zeros(d.shape, ACC)
     for first in range(start, end, ROWS):
@@ -28,6 +31,7 @@ def group_moments(z, stride, dims, order, start, end, d, ACC: tl.constexpr, ROWS
         sample = tl.load(order + position, mask=position < end, other=0)
         at = z + sample[:, None] * stride + d[None, :]
         x = tl.load(at, mask=inside & (d < dims)[None, :], other=0).to(ACC)
+        x = tl.where(inside, x - origin[None, :], 0)
         before = (first - start).to(ACC)
         count = tl.minimum(end - first, ROWS).to(ACC)
         share = count / (before + count)
@@ -36,7 +40,7 @@ def group_moments(z, stride, dims, order, start, end, d, ACC: tl.constexpr, ROWS
         delta = tile_mean - mean
         mean += delta * share
         squares += tl.sum(deviation * deviation, 0) + delta * delta * (before * share)
-    return mean, squares
+    return tl.where(start < end, origin + mean, 0), squares
 
 
 @triton.jit

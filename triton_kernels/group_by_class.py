@@ -99,7 +99,7 @@ def _layout_kernel(
     for first in range(0, groups + 1, BLOCK):
         group = first + tl.arange(0, BLOCK)
         empty = group >= groups_before
-        tl.store(offsets + group, n_usable.to(tl.int64), mask=empty & (group <= groups))
+        tl.store(offsets + group, tl.cast(n_usable, tl.int64), mask=empty & (group <= groups))
         tl.store(classes + group, -1, mask=empty & (group < groups))
 
 
@@ -107,6 +107,8 @@ def launch_group_by_class(
     targets: Tensor, min_count: int, n_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_by_class` that checks, on the device, that targets are in [0, n_classes)."""
+    if targets.dtype == torch.bool:
+        targets = targets.view(torch.uint8)
     batch = targets.shape[0]
     groups = batch // min_count
     order, offsets, classes = (

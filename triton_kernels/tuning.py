@@ -29,7 +29,7 @@ def block_of_dims(dims: int, itemsize: int, most_warps: int) -> Options:
     With all warps along the row the sum over the rows of a tile stays inside a thread.
     """
     per_warp = 32 * 16 // itemsize
-    warps = min(most_warps, triton.next_power_of_2(triton.cdiv(dims, per_warp)))
+    warps = min(most_warps, triton.next_power_of_2(triton.cdiv(max(dims, 1), per_warp)))
     return {"BLOCK": per_warp * warps, "num_warps": warps}
 
 
@@ -52,7 +52,7 @@ def pair_distance_backward(dims: int, mean: Tensor) -> Options:
 
 def mean_probs(classes: int) -> Options:
     """Tiles of about 4096 logits, of many samples where classes are few."""
-    block = min(1024, triton.next_power_of_2(classes))
+    block = min(1024, triton.next_power_of_2(max(classes, 1)))
     return {"ROWS": max(4, min(64, 4096 // block)), "BLOCK_C": block, "num_warps": 4}
 
 
