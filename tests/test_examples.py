@@ -249,32 +249,39 @@ def test_wrong_option_is_named(
     assert re.search(words, said, re.DOTALL)
 
 
-def test_resuming_with_other_options_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    run("--method", "ce", "--steps", "1", "--out", "runs/a")
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--lr", "0.3"], "--lr was None in this run, not 0.3"),
+        (["--log-every", "10"], "--log-every was 5 in this run, not 10"),
+        (["--compare", "ce", "plain"], "--methods was ['ce'] in this run, not ['ce', 'plain']"),
+    ],
+)
+def test_resuming_with_other_options_is_an_error(
+    option: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--method", "ce", "--steps", "1", "--log-every", "5", "--out", "runs/a")
     with pytest.raises(SystemExit):
-        run("--resume", "--out", "runs/a", "--lr", "0.3")
-    assert "--lr was None in this run, not 0.3" in capsys.readouterr().err
+        run("--resume", "--out", "runs/a", *option)
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
-        ("timm:vit_tiny", ["blocks.0", "blocks.1", "blocks.2"]),
+        ("timm:vit_tiny --pretrained", ["blocks.0", "blocks.1", "blocks.2"]),
         ("swin_tiny", ["layers.0", "layers.1"]),
         ("torchvision:resnet18", ["layer2", "layer3", "layer4"]),
+        ("torchvision:resnet18 --pretrained", ["layer2", "layer3", "layer4"]),
         ("small_resnet", ["layer2", "layer3", "layer4"]),
     ],
 )
-@pytest.mark.parametrize("pretrained", [False, True])
 def test_folder_of_images_trains_with_models_of_timm_and_torchvision(
-    model: str, layers: list[str], pretrained: bool, monkeypatch: pytest.MonkeyPatch
+    model: str, layers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if pretrained and model == "small_resnet":
-        pytest.skip("it has no weights")
     fake_vision.install(monkeypatch)
     make_folder(Path("birds"), ["train", "val", "test"])
-    weights = ["--pretrained"] if pretrained else []
-    options = ["--data", "birds", "--image-size", "8", "--model", model, *weights]
+    options = ["--data", "birds", "--image-size", "8", "--model", *model.split()]
     assert run(*options, "--method", "plain", "--steps", "2", "--batch-size", "8") == 0
     log = rows("runs/birds-plain-seed0/plain/log.csv")
     assert [name.removeprefix("rho ") for name in log[0] if name.startswith("rho ")] == layers

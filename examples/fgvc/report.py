@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cwbr_fused.diagnostics import pair_error_rate
-from fgvc.evaluation import PAIRS, Evaluation
+from fgvc.evaluation import Evaluation
 from fgvc.log import Row
 
 SILENT = 0.01  # of the cross-entropy
@@ -109,9 +109,10 @@ def footnotes(results: Results, class_names: Sequence[str], top_m: int) -> list[
         for (i, j), c in zip(first.pairs[:5].tolist(), first.confusion[:5].tolist(), strict=True)
     )
     notes = [
-        f"All of it is measured on the test part, but the confusing pairs are the {PAIRS} that "
-        f"{names[0]} confuses most on the validation part (most: {shown}, in softmax mass). Their "
-        "error rate is the share of images of either class that is taken for the other.",
+        f"All of it is measured on the test part, but the confusing pairs are the "
+        f"{len(first.pairs)} that {names[0]} confuses most on the validation part (most: {shown}, "
+        "in softmax mass). Their error rate is the share of images of either class that is taken "
+        "for the other.",
         f"Overlap: mean rho = exp(-D) of the {top_m} pairs a model confuses most. Probe: ridge "
         "regression on the frozen layer. Time in the regularizer: forward and backward, measured "
         "alone at every logged step.",
