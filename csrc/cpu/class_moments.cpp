@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <array>
 
 #include "cpu/batch_kernels.h"
 #include "cpu/batch_loops.h"
@@ -31,15 +30,17 @@ void for_each_slice(int64_t groups, int64_t batch, int64_t dims, const F& body) 
 
 template <class In, class T>
 void class_moments(Matrix<const In> z, Groups groups, double eps, T* mean, T* var) {
+  const auto& loops = batch_loops<In>();
   for_each_slice(groups.count, z.rows, z.cols, [&](int64_t k, int64_t begin, int64_t width) {
-    group_moments(z.data + begin, z.stride, groups.samples(k), groups.size(k), width,
-                  static_cast<T>(eps), mean + k * z.cols + begin, var + k * z.cols + begin);
+    const int64_t at = k * z.cols + begin;
+    loops.moments(group_rows(z, groups, k, begin, width), static_cast<T>(eps), mean + at, var + at);
   });
 }
 
 template <class In, class T>
 void class_moments_backward(const T* grad_mean, const T* grad_var, Matrix<const In> z,
                             const T* mean, const T* var, Groups groups, double eps, In* grad_z) {
+  const auto& loops = batch_loops<In>();
   const auto slice = [&](int64_t k, int64_t begin, int64_t width) {
     if (k == groups.count) {  // the samples of no group
       for (int64_t s = groups.offsets[k]; s < z.rows; ++s) {
@@ -48,14 +49,8 @@ void class_moments_backward(const T* grad_mean, const T* grad_var, Matrix<const 
       return;
     }
     const int64_t at = k * z.cols + begin;
-    std::array<T, kWidth> constant, slope;
-    moments_gradient_terms(grad_mean + at, grad_var + at, var + at, groups.size(k), width,
-                           static_cast<T>(eps), constant.data(), slope.data());
-    for (int64_t s = 0; s < groups.size(k); ++s) {
-      const int64_t row = groups.samples(k)[s];
-      moments_gradient(z.data + row * z.stride + begin, mean + at, constant.data(), slope.data(),
-                       width, grad_z + row * z.cols + begin);
-    }
+    loops.moments_gradient(group_rows(z, groups, k, begin, width), static_cast<T>(eps), mean + at,
+                           var + at, grad_mean + at, grad_var + at, grad_z + begin, z.cols);
   };
   for_each_slice(groups.count + 1, z.rows, z.cols, slice);
 }

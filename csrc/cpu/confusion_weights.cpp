@@ -27,6 +27,7 @@ void symmetrize(T* alpha, int64_t groups) {
 
 template <class In, class T>
 void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* classes, T* alpha) {
+  const auto& loops = batch_loops<In>();
   std::vector<int64_t> used, columns;
   for (int64_t k = 0; k < groups.count; ++k) {
     if (classes[k] < 0) continue;
@@ -44,8 +45,8 @@ void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* cl
       std::fill(sums.begin(), sums.end(), T(0));
       for (int64_t s = 0; s < size; ++s) {
         const In* row = logits.data + groups.samples(k)[s] * logits.stride;
-        add_probabilities(row, softmax_statistics<In, T>(row, logits.cols), columns.data(), n,
-                          sums.data());
+        loops.add_probabilities(row, loops.softmax_statistics(row, logits.cols), columns.data(), n,
+                                sums.data());
       }
       for (int64_t j = 0; j < n; ++j) {
         alpha[k * groups.count + used[j]] = size > 0 ? sums[j] / size : 0;

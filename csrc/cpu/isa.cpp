@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "batch_loops.h"
 #include "kernels.h"
 #include "pair_kernels.h"
 
@@ -12,16 +13,22 @@ namespace cwbr {
 namespace avx512 {
 template <class T>
 const PairKernels<T>& pair_kernels();
-}
+template <class In>
+const BatchLoops<In>& batch_loops();
+}  // namespace avx512
 namespace avx2 {
 template <class T>
 const PairKernels<T>& pair_kernels();
-}
+template <class In>
+const BatchLoops<In>& batch_loops();
+}  // namespace avx2
 #endif
 namespace portable {
 template <class T>
 const PairKernels<T>& pair_kernels();
-}
+template <class In>
+const BatchLoops<In>& batch_loops();
+}  // namespace portable
 
 namespace {
 
@@ -70,7 +77,20 @@ const PairKernels<T>& pair_kernels() {
   return portable::pair_kernels<T>();
 }
 
+template <class In>
+const BatchLoops<In>& batch_loops() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::batch_loops<In>();
+  if (isa() == Isa::avx2) return avx2::batch_loops<In>();
+#endif
+  return portable::batch_loops<In>();
+}
+
 template const PairKernels<float>& pair_kernels<float>();
 template const PairKernels<double>& pair_kernels<double>();
+template const BatchLoops<float>& batch_loops<float>();
+template const BatchLoops<double>& batch_loops<double>();
+template const BatchLoops<Half>& batch_loops<Half>();
+template const BatchLoops<BFloat16>& batch_loops<BFloat16>();
 
 }  // namespace cwbr

@@ -17,9 +17,11 @@
 #endif
 #endif
 
+#include "batch_loops.h"
 #include "pair_kernels.h"
 
 #define CWBR_INLINE __attribute__((always_inline)) inline
+#define CWBR_NOINLINE __attribute__((noinline))
 #define CWBR_LAMBDA_INLINE __attribute__((always_inline))
 #if defined(__clang__)
 #define CWBR_PRAGMA(x) _Pragma(#x)

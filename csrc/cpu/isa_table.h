@@ -4,6 +4,7 @@
 #include "simd.h"
 // simd.h comes first.
 #include "all_pair_distance_simd.h"
+#include "batch_loops_simd.h"
 #include "pair_distance_simd.h"
 
 namespace cwbr::CWBR_ISA {
@@ -20,7 +21,19 @@ const PairKernels<T>& pair_kernels() {
   return table;
 }
 
+template <class In>
+const BatchLoops<In>& batch_loops() {
+  using T = Accumulate<In>;
+  static constexpr BatchLoops<In> table = {moments<In, T>, moments_gradient<In, T>,
+                                           softmax_statistics<In, T>, add_probabilities<In, T>};
+  return table;
+}
+
 template const PairKernels<float>& pair_kernels<float>();
 template const PairKernels<double>& pair_kernels<double>();
+template const BatchLoops<float>& batch_loops<float>();
+template const BatchLoops<double>& batch_loops<double>();
+template const BatchLoops<Half>& batch_loops<Half>();
+template const BatchLoops<BFloat16>& batch_loops<BFloat16>();
 
 }  // namespace cwbr::CWBR_ISA

@@ -75,11 +75,16 @@ void for_each_slice(const std::vector<Slice>& slices, int64_t elements_per_colum
   });
 }
 
+template <class In, class T>
+Matrix<const In> input(const Layer<T>& layer, int64_t batch) {
+  return {static_cast<const In*>(layer.z), batch, layer.dims, layer.stride};
+}
+
 // Moments of the slice's active groups: to (rows, width), and to the layer's mean and var.
 template <class In, class T>
-void slice_moments(const Layer<T>& layer, const Slice& slice, Groups groups,
+void slice_moments(const Layer<T>& layer, const Slice& slice, int64_t batch, Groups groups,
                    const ActivePairs<T>& active, T eps, T* mean, T* var) {
-  const In* z = static_cast<const In*>(layer.z) + slice.begin;
+  const Matrix<const In> z = input<In>(layer, batch);
   for (int64_t k = 0; k < groups.count; ++k) {
     if (active.is_active[k]) continue;
     std::fill_n(layer.mean + k * layer.dims + slice.begin, slice.width, T(0));
@@ -87,7 +92,7 @@ void slice_moments(const Layer<T>& layer, const Slice& slice, Groups groups,
   }
   for (int64_t r = 0; r < active.rows(); ++r, mean += slice.width, var += slice.width) {
     const int64_t k = active.group[r], at = k * layer.dims + slice.begin;
-    group_moments(z, layer.stride, groups.samples(k), groups.size(k), slice.width, eps, mean, var);
+    batch_loops<In>().moments(group_rows(z, groups, k, slice.begin, slice.width), eps, mean, var);
     std::copy_n(mean, slice.width, layer.mean + at);
     std::copy_n(var, slice.width, layer.var + at);
   }
@@ -96,9 +101,9 @@ void slice_moments(const Layer<T>& layer, const Slice& slice, Groups groups,
 // Gradient of the slice's columns of z from those of the moments, all (rows, width).
 template <class In, class T>
 void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Groups groups,
-                    const ActivePairs<T>& active, T eps, const T* mean, const T* var, T* grad_mean,
-                    T* grad_var) {
-  const In* z = static_cast<const In*>(layer.z) + slice.begin;
+                    const ActivePairs<T>& active, T eps, const T* mean, const T* var,
+                    const T* grad_mean, const T* grad_var) {
+  const Matrix<const In> z = input<In>(layer, batch);
   In* grad = static_cast<In*>(layer.grad) + slice.begin;
   const auto clear = [&](int64_t sample) {
     std::fill_n(grad + sample * layer.dims, slice.width, In{});
@@ -111,15 +116,9 @@ void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Gr
 
   for (int64_t r = 0; r < active.rows(); ++r) {
     const int64_t k = active.group[r], at = r * slice.width;
-    T* constant = grad_mean + at;
-    T* slope = grad_var + at;
-    moments_gradient_terms(constant, slope, var + at, groups.size(k), slice.width, eps, constant,
-                           slope);
-    for (int64_t s = 0; s < groups.size(k); ++s) {
-      const int64_t sample = groups.samples(k)[s];
-      moments_gradient(z + sample * layer.stride, mean + at, constant, slope, slice.width,
-                       grad + sample * layer.dims);
-    }
+    batch_loops<In>().moments_gradient(group_rows(z, groups, k, slice.begin, slice.width), eps,
+                                       mean + at, var + at, grad_mean + at, grad_var + at, grad,
+                                       layer.dims);
   }
 }
 
@@ -202,8 +201,10 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
     std::vector<T> moments(2 * rows * slice.width);
     T *mean = moments.data(), *var = mean + rows * slice.width;
     with_input_type_of<T>(layer.type, [&](auto in) {
-      slice_moments<decltype(in)>(layer, slice, groups, active, static_cast<T>(eps), mean, var);
+      slice_moments<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
+                                  var);
     });
+    if (m == 0) return;
     pair_distance(mean, var, active.index.data(), m, rows, slice.width, eps,
                   partial.data() + s * m);
   });
@@ -243,8 +244,9 @@ void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, i
       std::copy_n(layer.mean + at, slice.width, mean + r * slice.width);
       std::copy_n(layer.var + at, slice.width, var + r * slice.width);
     }
-    pair_distance_backward(grad_distance[slice.layer].data(), mean, var, active.index.data(), m,
-                           rows, slice.width, eps, grad_mean, grad_var);
+    if (m > 0)
+      pair_distance_backward(grad_distance[slice.layer].data(), mean, var, active.index.data(), m,
+                             rows, slice.width, eps, grad_mean, grad_var);
     with_input_type_of<T>(layer.type, [&](auto in) {
       slice_gradient<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
                                    var, grad_mean, grad_var);

@@ -1,0 +1,258 @@
+// The loops of batch_loops.h for one instruction set; see simd.h.
+
+namespace cwbr::CWBR_ISA {
+
+template <size_t Bytes>
+struct Words {
+  typedef uint16_t Half __attribute__((vector_size(Bytes / 2)));
+  typedef uint16_t Unaligned __attribute__((vector_size(Bytes / 2), aligned(2), may_alias));
+  typedef uint32_t Full __attribute__((vector_size(Bytes)));
+};
+using Words16 = Words<kVectorBytes>::Half;
+using Words32 = Words<kVectorBytes>::Full;
+
+CWBR_INLINE Words32 broadcast_word(uint32_t x) { return x - Words32{}; }
+
+CWBR_INLINE Words32 load_words(const void* x) {
+  const Words16 words = *static_cast<const Words<kVectorBytes>::Unaligned*>(x);
+  return __builtin_convertvector(words, Words32);
+}
+
+CWBR_INLINE Floats load_input(const float* x) { return load(x); }
+CWBR_INLINE Doubles load_input(const double* x) { return load(x); }
+CWBR_INLINE Floats load_input(const BFloat16* x) {
+  return reinterpret_cast<Floats>(load_words(x) << 16);
+}
+CWBR_INLINE Floats load_input(const Half* x) {
+  const Words32 half = load_words(x), magnitude = half & 0x7fff;
+  // The product moves the exponent's bias: exact, and right for subnormals.
+  const auto value =
+      reinterpret_cast<Words32>(reinterpret_cast<Floats>(magnitude << 13) * 0x1p112f);
+  const Words32 infinite = magnitude >= 0x7c00 ? broadcast_word(0x7f800000) : broadcast_word(0);
+  return reinterpret_cast<Floats>(value | infinite | (half & 0x8000) << 16);
+}
+
+CWBR_INLINE void store_words(void* x, Words32 words) {
+  *static_cast<Words<kVectorBytes>::Unaligned*>(x) = __builtin_convertvector(words, Words16);
+}
+
+// Rounded to nearest, ties to even.
+CWBR_INLINE void store_output(float* x, Floats v) { store(x, v); }
+CWBR_INLINE void store_output(double* x, Doubles v) { store(x, v); }
+CWBR_INLINE void store_output(BFloat16* x, Floats v) {
+  const Words32 bits = reinterpret_cast<Words32>(v);
+  const Words32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  store_words(x, v == v ? rounded : broadcast_word(0x7fc0));
+}
+CWBR_INLINE void store_output(Half* x, Floats v) {
+  const Words32 bits = reinterpret_cast<Words32>(v), magnitude = bits & 0x7fffffff;
+  // Below 2^-14: the last place of 0.5 is that of a subnormal, so that adding 0.5 rounds.
+  const auto shifted = reinterpret_cast<Words32>(reinterpret_cast<Floats>(magnitude) + 0.5f);
+  const Words32 subnormal = shifted - 0x3f000000;
+  const Words32 normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  Words32 half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? broadcast_word(0x7c00) : half;
+  half = v == v ? half : broadcast_word(0x7e00);
+  store_words(x, half | (bits >> 16 & 0x8000));
+}
+
+// The first `count` lanes from memory, `fill` in the others.
+template <class In, class T>
+CWBR_INLINE Vec<T> load_input_first(const In* x, int64_t count, T fill) {
+  In lanes[kLanes<T>] = {};
+  for (int l = 0; l < kLanes<T> && l < count; ++l) lanes[l] = x[l];
+  T values[kLanes<T>];
+  store(values, load_input(lanes));
+  return load_first(values, count, fill);
+}
+template <class In, class V>
+CWBR_INLINE void store_output_first(In* x, int64_t count, V v) {
+  constexpr int lane_count = sizeof(V) / sizeof(v[0]);
+  In lanes[lane_count];
+  store_output(lanes, v);
+  for (int l = 0; l < lane_count && l < count; ++l) x[l] = lanes[l];
+}
+
+template <class T>
+CWBR_INLINE T max_lanes(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  T max = lanes[0];
+  for (int l = 1; l < kLanes<T>; ++l) max = lanes[l] > max ? lanes[l] : max;
+  return max;
+}
+
+// exp(x) for x <= 0, within two units in the last place; 0 below the smallest subnormal.
+template <class T>
+CWBR_INLINE Vec<T> exp_negative(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T lowest = single ? -104 : -746;
+  constexpr T rounder = single ? T(0x1.8p23) : T(0x1.8p52);  // adding it rounds to a whole number
+  constexpr T log2_high = single ? 0x1.63p-1 : 0x1.62e4p-1;  // times a whole number: exact
+  constexpr T log2_low = 0.693147180559945309417 - (single ? 0x1.63p-1 : 0x1.62e4p-1);
+  constexpr int terms = single ? 8 : 14;
+  x = x < lowest ? broadcast(lowest) : x;
+  const Vec<T> n = x * T(1.44269504088896340736) + rounder - rounder;
+  const Vec<T> r = fma(n, broadcast(-log2_low), fma(n, broadcast(-log2_high), x));
+  Vec<T> sum = broadcast(T(1));  // of r^k / k!, from the last term to the first
+  for (int k = terms - 1; k >= 1; --k) sum = fma(sum, r * T(1.0 / k), broadcast(T(1)));
+  const Vec<T> half = n * T(0.5) + rounder - rounder;  // in two factors: subnormal results
+  return sum * power_of_two<T>(half) * power_of_two<T>(n - half);
+}
+
+// body(v, load, store) for each column or, in bulk, for kUnroll vectors of columns at once.
+template <class In, int Vectors, bool Whole>
+struct Columns {
+  using T = Accumulate<In>;
+  int64_t first, count;
+
+  CWBR_INLINE Vec<T> input(const In* row, int v) const {
+    const int64_t at = first + v * kLanes<T>;
+    return Whole ? load_input(row + at) : load_input_first(row + at, count, T(0));
+  }
+  CWBR_INLINE Vec<T> values(const T* row, int v) const {
+    const int64_t at = first + v * kLanes<T>;
+    return Whole ? load(row + at) : load_first(row + at, count, T(0));
+  }
+  CWBR_INLINE void put(T* row, int v, Vec<T> value) const {
+    const int64_t at = first + v * kLanes<T>;
+    Whole ? store(row + at, value) : store_first(row + at, count, value);
+  }
+  CWBR_INLINE void output(In* row, int v, Vec<T> value) const {
+    const int64_t at = first + v * kLanes<T>;
+    Whole ? store_output(row + at, value) : store_output_first(row + at, count, value);
+  }
+};
+
+template <class In, int Vectors, bool Whole, class T>
+CWBR_INLINE void column_moments(const GroupRows<In>& rows, Columns<In, Vectors, Whole> columns,
+                                T eps, T* mean, T* var) {
+  const T inverse = T(1) / (rows.count > 0 ? rows.count : 1);
+  Vec<T> center[Vectors] = {}, deviations[Vectors] = {}, squares[Vectors] = {};
+  for (int64_t s = 0; s < rows.count; ++s) {
+    const In* row = rows.z + rows.samples[s] * rows.stride;
+    for (int v = 0; v < Vectors; ++v) center[v] += columns.input(row, v);
+  }
+  for (int v = 0; v < Vectors; ++v) center[v] *= inverse;
+  for (int64_t s = 0; s < rows.count; ++s) {
+    const In* row = rows.z + rows.samples[s] * rows.stride;
+    for (int v = 0; v < Vectors; ++v) {
+      const Vec<T> deviation = columns.input(row, v) - center[v];
+      deviations[v] += deviation;
+      squares[v] = fma(deviation, deviation, squares[v]);
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    // What rounding `center` left over: it corrects the mean, and the squares are about it.
+    const Vec<T> left = deviations[v] * inverse;
+    const Vec<T> variance = (squares[v] - deviations[v] * left) * inverse;
+    columns.put(mean, v, left == left ? center[v] + left : center[v]);  // keeps infinity
+    columns.put(var, v, variance < eps ? broadcast(eps) : variance);
+  }
+}
+
+template <class In, int Vectors, bool Whole, class T>
+CWBR_INLINE void column_gradient(const GroupRows<In>& rows, Columns<In, Vectors, Whole> columns,
+                                 T eps, const T* mean, const T* var, const T* grad_mean,
+                                 const T* grad_var, In* grad_z, int64_t grad_stride) {
+  const T inverse = T(1) / (rows.count > 0 ? rows.count : 1);
+  Vec<T> center[Vectors], constant[Vectors], slope[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    center[v] = columns.values(mean, v);
+    constant[v] = columns.values(grad_mean, v) * inverse;
+    const Vec<T> through_var = columns.values(grad_var, v) * (2 * inverse);
+    slope[v] = columns.values(var, v) > eps ? through_var : broadcast(T(0));
+  }
+  for (int64_t s = 0; s < rows.count; ++s) {
+    const In* row = rows.z + rows.samples[s] * rows.stride;
+    In* grad = grad_z + rows.samples[s] * grad_stride;
+    for (int v = 0; v < Vectors; ++v) {
+      columns.output(grad, v, fma(slope[v], columns.input(row, v) - center[v], constant[v]));
+    }
+  }
+}
+
+// Calls body on blocks of whole vectors of columns, several at a time, and on what is left.
+template <class In, class Body>
+CWBR_INLINE void for_each_column(int64_t width, Body body) {
+  constexpr int unroll = 4, lanes = kLanes<Accumulate<In>>;
+  int64_t c = 0;
+  for (; c + unroll * lanes <= width; c += unroll * lanes) body(Columns<In, unroll, true>{c, 0});
+  for (; c + lanes <= width; c += lanes) body(Columns<In, 1, true>{c, 0});
+  if (c < width) body(Columns<In, 1, false>{c, width - c});
+}
+
+template <class In, class T>
+void moments(const GroupRows<In>& rows, T eps, T* mean, T* var) {
+  for_each_column<In>(rows.width, [&](auto columns) CWBR_LAMBDA_INLINE {
+    column_moments(rows, columns, eps, mean, var);
+  });
+}
+
+template <class In, class T>
+void moments_gradient(const GroupRows<In>& rows, T eps, const T* mean, const T* var,
+                      const T* grad_mean, const T* grad_var, In* grad_z, int64_t grad_stride) {
+  for_each_column<In>(rows.width, [&](auto columns) CWBR_LAMBDA_INLINE {
+    column_gradient(rows, columns, eps, mean, var, grad_mean, grad_var, grad_z, grad_stride);
+  });
+}
+
+// One pass over memory: a block is read twice, the second time from the nearest cache, and the
+// sum so far is rescaled where a block raises the maximum.
+template <class In, class T = Accumulate<In>>
+SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
+  constexpr int lanes = kLanes<T>, unroll = 4;
+  constexpr int64_t block = 1024;
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  T max = none;
+  Vec<T> sums[unroll] = {};
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t last = first + block < n ? first + block : n;
+    const int64_t bulk = first + (last - first) / (unroll * lanes) * (unroll * lanes);
+    Vec<T> largest[unroll];
+    for (int u = 0; u < unroll; ++u) largest[u] = broadcast(none);
+    for (int64_t c = first; c < bulk; c += unroll * lanes)
+      for (int u = 0; u < unroll; ++u)
+        largest[u] = larger(load_input(logits + c + u * lanes), largest[u]);
+    for (int64_t c = bulk; c < last; c += lanes)
+      largest[0] = larger(load_input_first(logits + c, last - c, none), largest[0]);
+
+    const T block_max =
+        max_lanes<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
+    const T before = max;
+    max = block_max > max ? block_max : max;
+    // Where all logits so far are -inf, exp(-inf - 0) is the 0 that they count for.
+    const T shift = max == none ? T(0) : max;
+    if (before != max) {
+      const T scale = std::exp(before - shift);
+      for (int u = 0; u < unroll; ++u) sums[u] *= scale;
+    }
+    for (int64_t c = first; c < bulk; c += unroll * lanes)
+      for (int u = 0; u < unroll; ++u)
+        sums[u] += exp_negative<T>(load_input(logits + c + u * lanes) - shift);
+    for (int64_t c = bulk; c < last; c += lanes)
+      sums[0] += exp_negative<T>(load_input_first(logits + c, last - c, none) - shift);
+  }
+  return {max, sum_lanes<T>(sums[0] + sums[1] + (sums[2] + sums[3]))};
+}
+
+template <class In, class T>
+void add_probabilities(const In* logits, SoftmaxStatistics<T> statistics, const int64_t* columns,
+                       int64_t n, T* total) {
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const int64_t count = n - j;
+    In chosen[kLanes<T>] = {};
+    for (int l = 0; l < kLanes<T> && l < count; ++l) chosen[l] = logits[columns[j + l]];
+    const Vec<T> probability =
+        exp_negative<T>(load_input(chosen) - statistics.max) / statistics.sum;
+    const bool whole = count >= kLanes<T>;
+    const Vec<T> before = whole ? load(total + j) : load_first(total + j, count, T(0));
+    if (whole) {
+      store(total + j, before + probability);
+    } else {
+      store_first(total + j, count, before + probability);
+    }
+  }
+}
+
+}  // namespace cwbr::CWBR_ISA
