@@ -111,6 +111,10 @@ def scale_match(
         reg: scalar regularizer, from `loss`.
         eps: keeps the scale finite where the regularizer is 0.
         objective: the one `reg` was computed with.
+
+    Returns:
+        A scalar in the accumulation dtype: half-precision terms are weighted in float32, where
+        neither `eps` nor the scale leaves the range.
     """
     for name, value in (("ce", ce), ("reg", reg)):
         if not isinstance(value, Tensor):
@@ -123,6 +127,7 @@ def scale_match(
             )
     validation.check_same_device("reg", reg, "ce", ce)
     validation.check_options(None, eps, objective)
+    ce, reg = ce.to(accumulation_dtype(ce.dtype)), reg.to(accumulation_dtype(reg.dtype))
     if objective == "log_overlap":
         return ce + ce.detach() * (reg - reg.detach())
     return ce + (ce / (reg + eps)).detach() * reg

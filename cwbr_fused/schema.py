@@ -9,6 +9,11 @@ Conventions shared by all of them: B samples, D feature dimensions, C classes; K
 is the static number of class groups, of which only the first few may be in use; M pairs; L layers.
 `z`, `features` and `logits` may have any floating dtype; everything computed from them has the
 accumulation dtype: float64 for float64, float32 otherwise. Index tensors are int64.
+
+Autocast leaves every operation alone: kernels read half-precision features and logits as they are
+and accumulate in float32, so neither casting rule fits. Casting to half would round means and
+variances beside the features; casting to float32 would copy the (B, D) features for nothing and
+give their gradients another dtype than theirs.
 """
 
 from __future__ import annotations
@@ -177,12 +182,17 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
+AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+
+
 def _declare(namespace: str, implementation: Callable[[str], Callable[..., Any]]) -> Any:
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+        for key in AUTOCAST_KEYS:
+            library.impl(name, torch.library.fallthrough_kernel, key)
     return library
 
 
