@@ -48,108 +48,157 @@ CWBR_INLINE Vec<T> log_products(const Vec<T>* products, const Vec<T>* exponents,
   return log;
 }
 
-template <class T>
+// One vector of a row of d numbers; where not `Whole`, it may reach beyond the row, padded with
+// fill.
+template <bool Whole, class T>
 CWBR_INLINE Vec<T> load_vector(const T* row, int64_t vector, int64_t d, T fill) {
   const int64_t first = vector * kLanes<T>, left = d - first;
-  return left >= kLanes<T> ? load(row + first) : load_first(row + first, left, fill);
+  return Whole || left >= kLanes<T> ? load(row + first) : load_first(row + first, left, fill);
+}
+
+template <bool Whole, class T>
+CWBR_INLINE Vec<T> load_mean(const Rows<T>& rows, int64_t row, int64_t vector) {
+  return load_vector<Whole>(rows.mean + row * rows.d, vector, rows.d, T(0));
+}
+
+template <bool Whole, class T>
+CWBR_INLINE Vec<T> load_variance(const Rows<T>& rows, int64_t row, int64_t vector) {
+  return load_vector<Whole>(rows.var + row * rows.d, vector, rows.d, T(1) - rows.eps) + rows.eps;
 }
 
 template <class T>
-CWBR_INLINE Vec<T> load_variance(const Rows<T>& rows, int64_t row, int64_t vector) {
-  return load_vector(rows.var + row * rows.d, vector, rows.d, T(1) - rows.eps) + rows.eps;
+struct Bounds {
+  Vec<T> mean_low, mean_high, var_low, var_high;
+};
+
+// Smallest and largest over all rows, for `Count` vectors of dimensions.
+template <int Count, bool Whole, class T>
+CWBR_INLINE void find_bounds(const Rows<T>& rows, int64_t vector, Bounds<T>* bounds) {
+  const Vec<T> infinity = broadcast(std::numeric_limits<T>::infinity());
+  Bounds<T> found[Count];
+  CWBR_UNROLL(4)
+  for (int x = 0; x < Count; ++x) found[x] = {infinity, -infinity, infinity, -infinity};
+  for (int64_t row = 0; row < rows.k; ++row) {
+    CWBR_UNROLL(4)
+    for (int x = 0; x < Count; ++x) {
+      const Vec<T> mean = load_mean<Whole>(rows, row, vector + x);
+      const Vec<T> var = load_variance<Whole>(rows, row, vector + x);
+      found[x].mean_low = smaller(mean, found[x].mean_low);
+      found[x].mean_high = larger(mean, found[x].mean_high);
+      found[x].var_low = smaller(var, found[x].var_low);
+      found[x].var_high = larger(var, found[x].var_high);
+    }
+  }
+  for (int x = 0; x < Count; ++x) bounds[x] = found[x];
+}
+
+// Writes the scaling of one group, `bounds` being those of its `count` vectors.
+template <class T>
+void scale_group(const Bounds<T>* bounds, int64_t begin, int count, const Scaling<T>& scaling) {
+  // Exponents that bound every product of denominators, and every numerator over it.
+  Vec<T> lowest = {}, highest = {}, quadratic = {};
+  for (int x = 0; x < count; ++x) {
+    const auto& [mean_low, mean_high, var_low, var_high] = bounds[x];
+    Vec<T> k = (exponent(var_low) + exponent(var_high)) * T(-0.25);
+    const auto usable = (k > T(-32)) & (k < T(32)) & (var_low > T(0));
+    k = usable ? k : Vec<T>{};
+    // Rounds to a whole number: adding 1.5 * 2^p leaves no fraction bits.
+    constexpr T whole = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
+    k = (k + whole) - whole;
+    store(scaling.mean + (begin + x) * kLanes<T>, power_of_two<T>(k));
+    store(scaling.var + (begin + x) * kLanes<T>, power_of_two<T>(k + k));
+    const Vec<T> spread = mean_high - mean_low;
+    lowest += exponent(var_low) + (k + k) + T(1);
+    highest += larger(exponent(var_high) + (k + k) + T(2), Vec<T>{});
+    quadratic = larger(exponent(spread * spread) + (k + k) + T(1), quadratic);
+  }
+  constexpr T range = kExponentRange<T>;
+  scaling.safe[begin / kGroup] =
+      all((lowest > -range) & (highest + quadratic + T(3) < range + T(20)) & (highest < range));
 }
 
 template <class T>
 void scale(const Rows<T>& rows, int64_t first, int64_t last, const Scaling<T>& scaling) {
-  constexpr int N = kLanes<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const int64_t whole_vectors = rows.d / kLanes<T>;
   for (int64_t group = first; group < last; ++group) {
     const int64_t begin = group * kGroup;
     const int count = int(begin + kGroup < scaling.vectors ? kGroup : scaling.vectors - begin);
-    Vec<T> var_low[kGroup], var_high[kGroup], mean_low[kGroup], mean_high[kGroup];
-    for (int x = 0; x < count; ++x) {
-      var_low[x] = mean_low[x] = broadcast(infinity);
-      var_high[x] = mean_high[x] = broadcast(-infinity);
-    }
-    for (int64_t row = 0; row < rows.k; ++row)
-      for (int x = 0; x < count; ++x) {
-        const Vec<T> mean = load_vector(rows.mean + row * rows.d, begin + x, rows.d, T(0));
-        const Vec<T> var = load_variance(rows, row, begin + x);
-        mean_low[x] = smaller(mean, mean_low[x]);
-        mean_high[x] = larger(mean, mean_high[x]);
-        var_low[x] = smaller(var, var_low[x]);
-        var_high[x] = larger(var, var_high[x]);
-      }
-    // Exponents that bound every product of denominators, and every numerator over it.
-    Vec<T> lowest = {}, highest = {}, quadratic = {};
-    for (int x = 0; x < count; ++x) {
-      Vec<T> k = (exponent(var_low[x]) + exponent(var_high[x])) * T(-0.25);
-      const auto usable = (k > T(-32)) & (k < T(32)) & (var_low[x] > T(0));
-      k = usable ? k : Vec<T>{};
-      // Rounds to a whole number: adding 1.5 * 2^p leaves no fraction bits.
-      constexpr T whole = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
-      k = (k + whole) - whole;
-      store(scaling.mean + (begin + x) * N, power_of_two<T>(k));
-      store(scaling.var + (begin + x) * N, power_of_two<T>(k + k));
-      const Vec<T> spread = mean_high[x] - mean_low[x];
-      lowest += exponent(var_low[x]) + (k + k) + T(1);
-      highest += larger(exponent(var_high[x]) + (k + k) + T(2), Vec<T>{});
-      quadratic = larger(exponent(spread * spread) + (k + k) + T(1), quadratic);
-    }
-    constexpr T range = kExponentRange<T>;
-    scaling.safe[group] =
-        all((lowest > -range) & (highest + quadratic + T(3) < range + T(20)) & (highest < range));
+    Bounds<T> bounds[kGroup];
+    int x = 0;
+    for (; x + 4 <= count && begin + x + 4 <= whole_vectors; x += 4)
+      find_bounds<4, true>(rows, begin + x, bounds + x);
+    for (; x < count; ++x) find_bounds<1, false>(rows, begin + x, bounds + x);
+    scale_group(bounds, begin, count, scaling);
   }
 }
 
-// Multiplies twice the variances of `count` vectors into the row's product, as `add_group` does for
-// two rows.
+// What packing finds out about a row beside its product.
 template <class T>
-CWBR_INLINE void add_self(const T* row, int count, Sums<T>& sums) {
+struct RowCheck {
+  Vec<T> low;   // the smallest variance, or 1
+  Vec<T> zero;  // NaN where a variance is infinite or NaN
+};
+
+// Packs `count` vectors of a row and multiplies twice their variances into its product, in the
+// order in which `add_vectors` multiplies those of two rows.
+template <bool Whole, class T>
+CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row,
+                            int64_t begin, int count, T* out, Sums<T>& sums, RowCheck<T>& check) {
   constexpr int N = kLanes<T>;
-  Vec<T> denominator = load(row + N) + load(row + N);
-  for (int x = 1; x < count; ++x) {
-    const Vec<T> w = load(row + 2 * N * x + N);
-    denominator *= w + w;
+  const bool safe = scaling.safe[begin / kGroup];
+  Vec<T> denominator = {};
+  CWBR_UNROLL(8)
+  for (int x = 0; x < count; ++x) {
+    const int64_t vector = begin + x;
+    const Vec<T> var = load_variance<Whole>(rows, row, vector);
+    const Vec<T> w = var * load(scaling.var + N * vector), twice = w + w;
+    store(out + 2 * N * vector,
+          load_mean<Whole>(rows, row, vector) * load(scaling.mean + N * vector));
+    store(out + 2 * N * vector + N, w);
+    check.low = smaller(var, check.low);
+    check.zero += var - var;
+    denominator = x == 0 ? twice : denominator * twice;
+    if (!safe) sums.multiply(twice);
   }
-  sums.multiply(denominator);
+  if (safe) sums.multiply(denominator);
+}
+
+template <class T>
+CWBR_INLINE void pack_row(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row, T* out,
+                          T* marks, Sums<T>& sums, RowCheck<T>& check) {
+  const int64_t whole_vectors = rows.d / kLanes<T>;
+  for (int64_t x = 0; x < scaling.vectors; x += kGroup) {
+    if (x + kGroup <= whole_vectors)
+      pack_group<true>(rows, scaling, row, x, kGroup, out, sums, check);
+    else
+      pack_group<false>(rows, scaling, row, x,
+                        int(x + kGroup < scaling.vectors ? kGroup : scaling.vectors - x), out, sums,
+                        check);
+    const int64_t groups = x / kGroup + 1;
+    if (groups % kCheckpoint == 0 && groups / kCheckpoint <= checkpoints(scaling.vectors))
+      marks[groups / kCheckpoint - 1] = sum_lanes<T>(sums.exponents);
+  }
 }
 
 template <class T>
 void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
           const Panel<T>& panel) {
   constexpr int N = kLanes<T>;
-  const int64_t marks = checkpoints(scaling.vectors);
   for (int64_t begin = 0; begin < count; begin += N) {
     Vec<T> products[N], exponents[N];
     T valid[N];
-    const int batch = int(begin + N < count ? N : count - begin);
     for (int r = 0; r < N; ++r) {
       products[r] = broadcast(T(1));
       exponents[r] = Vec<T>{};
     }
+    const int batch = int(begin + N < count ? N : count - begin);
     for (int r = 0; r < batch; ++r) {
       const int64_t row = first + begin + r < rows.k ? first + begin + r : rows.k - 1;
-      T* out = panel.values + (begin + r) * panel.stride;
-      Vec<T> low = broadcast(T(1)), zero = {};
-      for (int64_t x = 0; x < scaling.vectors; ++x) {
-        const Vec<T> mean = load_vector(rows.mean + row * rows.d, x, rows.d, T(0));
-        const Vec<T> var = load_variance(rows, row, x);
-        store(out + 2 * N * x, mean * load(scaling.mean + N * x));
-        store(out + 2 * N * x + N, var * load(scaling.var + N * x));
-        low = smaller(var, low);
-        zero += var - var;  // NaN where var is infinite or NaN
-      }
-      valid[r] = all((low > T(0)) & (zero == T(0))) ? T(0) : T(NAN);
       auto sums = Sums<T>::zero();
-      for (int64_t x = 0, mark = 0; x < scaling.vectors; x += kGroup) {
-        const int in_group = int(x + kGroup < scaling.vectors ? kGroup : scaling.vectors - x);
-        const bool safe = scaling.safe[x / kGroup];
-        for (int y = 0; y < in_group; y += safe ? in_group : 1)
-          add_self(out + 2 * N * (x + y), safe ? in_group : 1, sums);
-        if ((x / kGroup + 1) % kCheckpoint == 0 && mark < marks)
-          panel.checkpoints[(begin + r) * marks + mark++] = sum_lanes<T>(sums.exponents);
-      }
+      RowCheck<T> check = {broadcast(T(1)), Vec<T>{}};
+      pack_row(rows, scaling, row, panel.values + (begin + r) * panel.stride,
+               panel.checkpoints + (begin + r) * checkpoints(scaling.vectors), sums, check);
+      valid[r] = all((check.low > T(0)) & (check.zero == T(0))) ? T(0) : T(NAN);
       products[r] = sums.product;
       exponents[r] = sums.exponents;
     }
@@ -161,10 +210,11 @@ void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t
   }
 }
 
-// Adds the fractions of `count` vectors of dimensions to the sums of R x C pairs.
+// Adds the fractions of `count` vectors of dimensions to the sums of R x C pairs. Not inlined: in a
+// loop, the compiler would rather keep all addresses in registers than the fractions.
 template <int R, int C, class T>
-CWBR_INLINE void add_group(const T* i, int64_t stride_i, const T* j, int64_t stride_j, int count,
-                           Sums<T>* sums) {
+CWBR_INLINE void add_vectors(const T* i, int64_t stride_i, const T* j, int64_t stride_j, int count,
+                             Sums<T>* sums) {
   constexpr int N = kLanes<T>;
   Vec<T> numerator[R][C] = {}, denominator[R][C] = {};
   CWBR_UNROLL(8)
@@ -193,6 +243,18 @@ CWBR_INLINE void add_group(const T* i, int64_t stride_i, const T* j, int64_t str
     CWBR_UNROLL(4)
     for (int c = 0; c < C; ++c) sums[r * kTile + c].add(numerator[r][c], denominator[r][c]);
   }
+}
+
+template <int R, int C, class T>
+CWBR_NOINLINE void add_group(const T* i, int64_t stride_i, const T* j, int64_t stride_j,
+                             Sums<T>* sums) {
+  add_vectors<R, C>(i, stride_i, j, stride_j, kGroup, sums);
+}
+
+template <int R, int C, class T>
+CWBR_NOINLINE void add_part(const T* i, int64_t stride_i, const T* j, int64_t stride_j, int count,
+                            Sums<T>* sums) {
+  add_vectors<R, C>(i, stride_i, j, stride_j, count, sums);
 }
 
 // Whether every distance of the tile already exceeds `limit` after the groups up to a checkpoint:
@@ -227,12 +289,12 @@ void tile(const Panel<T>& panel_i, const Panel<T>& panel_j, const Scaling<T>& sc
         const T* j = panel_j.values + c * panel_j.stride + 2 * N * x;
         Sums<T>* pairs = sums + r * kTile + c;
         if (safe && left >= kGroup)
-          add_group<R, C>(i, panel_i.stride, j, panel_j.stride, kGroup, pairs);
+          add_group<R, C>(i, panel_i.stride, j, panel_j.stride, pairs);
         else if (safe)
-          add_group<R, C>(i, panel_i.stride, j, panel_j.stride, int(left), pairs);
+          add_part<R, C>(i, panel_i.stride, j, panel_j.stride, int(left), pairs);
         else
           for (int64_t y = 0; y < left && y < kGroup; ++y)
-            add_group<R, C>(i + 2 * N * y, panel_i.stride, j + 2 * N * y, panel_j.stride, 1, pairs);
+            add_part<R, C>(i + 2 * N * y, panel_i.stride, j + 2 * N * y, panel_j.stride, 1, pairs);
       }
     const int64_t groups = x / kGroup + 1;
     if (groups % kFlush == 0)
@@ -313,8 +375,8 @@ CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
       i[k].t = fma(g, t, i[k].t);
       i[k].z = fma(g, z, i[k].z);
       i[k].t2 = fma(g, t2, i[k].t2);
-      sum.t = fma(-g, t, sum.t);
-      sum.z = fma(-g, z, sum.z);
+      sum.t = fnma(g, t, sum.t);
+      sum.z = fnma(g, z, sum.z);
       sum.t2 = fma(g, t2, sum.t2);
     }
     sums_j[j] = sum;
@@ -325,7 +387,7 @@ CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
 
 // Reads one vector of dimensions of rows [first, first + count), padded with copies of the last to
 // a multiple of kGradientRows. Returns whether four sums of them can share a reciprocal.
-template <class T>
+template <bool Whole, class T>
 bool load_moments(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
                   int64_t vector, Vec<T>* moments) {
   const Vec<T> mean_scale = load(scaling.mean + vector * kLanes<T>);
@@ -334,8 +396,8 @@ bool load_moments(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first,
   const int64_t padded = (count + kGradientRows - 1) / kGradientRows * kGradientRows;
   for (int64_t r = 0; r < padded; ++r) {
     const int64_t row = first + (r < count ? r : count - 1);
-    moments[2 * r] = load_vector(rows.mean + row * rows.d, vector, rows.d, T(0)) * mean_scale;
-    moments[2 * r + 1] = load_variance(rows, row, vector) * var_scale;
+    moments[2 * r] = load_mean<Whole>(rows, row, vector) * mean_scale;
+    moments[2 * r + 1] = load_variance<Whole>(rows, row, vector) * var_scale;
     low = smaller(moments[2 * r + 1], low);
     high = larger(moments[2 * r + 1], high);
   }
@@ -345,7 +407,7 @@ bool load_moments(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first,
 
 // Adds the sums of rows [first, first + count) to the gradients:
 // dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4, scaled back.
-template <class T>
+template <bool Whole, class T>
 void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
                      int64_t vector, const Vec<T>* moments, const RowGradient<T>* sums,
                      T* grad_mean, T* grad_var) {
@@ -354,10 +416,10 @@ void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling, int64_t fir
   const int64_t left = rows.d - vector * kLanes<T>;
   for (int64_t r = 0; r < count; ++r) {
     const Vec<T> by_mean = sums[r].t * mean_scale;
-    const Vec<T> by_var = (sums[r].z / moments[2 * r + 1] + sums[r].t2) * var_scale;
+    const Vec<T> by_var = fma(sums[r].z, reciprocal(moments[2 * r + 1]), sums[r].t2) * var_scale;
     T* mean = grad_mean + (first + r) * rows.d + vector * kLanes<T>;
     T* var = grad_var + (first + r) * rows.d + vector * kLanes<T>;
-    if (left >= kLanes<T>) {
+    if (Whole || left >= kLanes<T>) {
       store(mean, load(mean) + by_mean);
       store(var, load(var) + by_var);
     } else {
@@ -370,46 +432,65 @@ void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling, int64_t fir
 template <class T>
 CWBR_INLINE bool any_nonzero(const GradientBlock<T>& block, int64_t i, int64_t first_j,
                              int64_t last_j) {
-  const int64_t tiles = (block.rows_j + kTile - 1) / kTile;
+  const int64_t tiles = (block.rows.count_j + kTile - 1) / kTile;
   const uint8_t* nonzero = block.nonzero + i / kGradientRows * tiles;
   bool any = false;
   for (int64_t tile = first_j / kTile; tile * kTile < last_j; ++tile) any |= nonzero[tile] != 0;
   return any;
 }
 
+// Where the sums of a block are kept.
+template <class T>
+struct GradientWork {
+  Vec<T>*moments_i, *moments_j;  // of diagonal blocks, the same
+  RowGradient<T>*sums_i, *sums_j;
+};
+
+template <bool Whole, class T>
+CWBR_INLINE void gradient_vector(const Rows<T>& rows, const Scaling<T>& scaling,
+                                 const GradientBlock<T>& block, int64_t vector,
+                                 const GradientWork<T>& work, T* grad_mean, T* grad_var) {
+  constexpr int64_t block_j = 64;  // rows j whose moments and sums stay in the first-level cache
+  const auto& [first_i, rows_i, first_j, rows_j] = block.rows;
+  const bool diagonal = first_i == first_j;
+  bool shared = load_moments<Whole>(rows, scaling, first_i, rows_i, vector, work.moments_i);
+  if (!diagonal)
+    shared &= load_moments<Whole>(rows, scaling, first_j, rows_j, vector, work.moments_j);
+  const RowGradient<T> none = {Vec<T>{}, Vec<T>{}, Vec<T>{}};
+  for (int64_t r = 0; r < rows_i + kGradientRows - 1; ++r) work.sums_i[r] = none;
+  for (int64_t r = 0; r < rows_j; ++r) work.sums_j[r] = none;
+  for (int64_t j = 0; j < rows_j; j += block_j) {
+    const int64_t last_j = j + block_j < rows_j ? j + block_j : rows_j;
+    for (int64_t i = 0; i < rows_i && (!diagonal || i < last_j); i += kGradientRows) {
+      const int64_t from_j = diagonal && i > j ? i : j;
+      if (!any_nonzero(block, i, from_j, last_j)) continue;
+      const auto add = shared ? gradient_rows<true, T> : gradient_rows<false, T>;
+      add(work.moments_i + 2 * i, work.sums_i + i, work.moments_j, work.sums_j,
+          block.grad + i * rows_j, from_j, last_j);
+    }
+  }
+  store_gradients<Whole>(rows, scaling, first_i, rows_i, vector, work.moments_i, work.sums_i,
+                         grad_mean, grad_var);
+  store_gradients<Whole>(rows, scaling, first_j, rows_j, vector, work.moments_j, work.sums_j,
+                         grad_mean, grad_var);
+}
+
 template <class T>
 void gradient(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
               int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var) {
-  constexpr int64_t block_j = 64;  // rows j whose moments and sums stay in the first-level cache
-  const bool diagonal = block.first_i == block.first_j;
-  const int64_t padded_i = (block.rows_i + kGradientRows - 1) / kGradientRows * kGradientRows;
-  const int64_t padded_j = (block.rows_j + kGradientRows - 1) / kGradientRows * kGradientRows;
+  const int64_t padded = block.rows.count_i + kGradientRows - 1;
   auto* moments_i = reinterpret_cast<Vec<T>*>(work);
-  auto* sums_i = reinterpret_cast<RowGradient<T>*>(moments_i + 2 * padded_i);
-  auto* own_moments_j = reinterpret_cast<Vec<T>*>(sums_i + padded_i);
-  auto* sums_j = reinterpret_cast<RowGradient<T>*>(own_moments_j + 2 * padded_j);
-  auto* moments_j = diagonal ? moments_i : own_moments_j;
-  for (int64_t vector = first; vector < last; ++vector) {
-    bool shared = load_moments(rows, scaling, block.first_i, block.rows_i, vector, moments_i);
-    if (!diagonal)
-      shared &= load_moments(rows, scaling, block.first_j, block.rows_j, vector, moments_j);
-    for (int64_t r = 0; r < padded_i; ++r) sums_i[r] = {Vec<T>{}, Vec<T>{}, Vec<T>{}};
-    for (int64_t r = 0; r < padded_j; ++r) sums_j[r] = {Vec<T>{}, Vec<T>{}, Vec<T>{}};
-    for (int64_t j = 0; j < block.rows_j; j += block_j) {
-      const int64_t last_j = j + block_j < block.rows_j ? j + block_j : block.rows_j;
-      for (int64_t i = 0; i < padded_i && (!diagonal || i < last_j); i += kGradientRows) {
-        if (!any_nonzero(block, i, j, last_j)) continue;
-        const T* grad = block.grad + i * block.rows_j;
-        const int64_t first_j = diagonal && i > j ? i : j;
-        const auto add = shared ? gradient_rows<true, T> : gradient_rows<false, T>;
-        add(moments_i + 2 * i, sums_i + i, moments_j, sums_j, grad, first_j, last_j);
-      }
-    }
-    store_gradients(rows, scaling, block.first_i, block.rows_i, vector, moments_i, sums_i,
-                    grad_mean, grad_var);
-    store_gradients(rows, scaling, block.first_j, block.rows_j, vector, moments_j, sums_j,
-                    grad_mean, grad_var);
-  }
+  auto* sums_i = reinterpret_cast<RowGradient<T>*>(moments_i + 2 * padded);
+  auto* moments_j = reinterpret_cast<Vec<T>*>(sums_i + padded);
+  const int64_t padded_j = block.rows.count_j + kGradientRows - 1;
+  auto* sums_j = reinterpret_cast<RowGradient<T>*>(moments_j + 2 * padded_j);
+  const bool diagonal = block.rows.first_i == block.rows.first_j;
+  const GradientWork<T> parts = {moments_i, diagonal ? moments_i : moments_j, sums_i, sums_j};
+  for (int64_t vector = first; vector < last; ++vector)
+    if ((vector + 1) * kLanes<T> <= rows.d)
+      gradient_vector<true>(rows, scaling, block, vector, parts, grad_mean, grad_var);
+    else
+      gradient_vector<false>(rows, scaling, block, vector, parts, grad_mean, grad_var);
 }
 
 }  // namespace cwbr::CWBR_ISA

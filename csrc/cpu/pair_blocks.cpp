@@ -37,7 +37,7 @@ BlockGradient<T>::BlockGradient(int64_t rows)
 
 template <class T>
 void BlockGradient<T>::reset(int64_t first_i, int64_t rows_i, int64_t first_j, int64_t rows_j) {
-  block_ = {grad_.get(), nonzero_.get(), first_i, rows_i, first_j, rows_j};
+  block_ = {grad_.get(), nonzero_.get(), {first_i, rows_i, first_j, rows_j}};
   const int64_t parts = (rows_i + kGradientRows - 1) / kGradientRows;
   std::fill_n(nonzero_.get(), parts * tiles_j(), uint8_t(0));
   std::fill_n(grad_.get(), parts * rows_j * kGradientRows, T(0));
@@ -144,10 +144,9 @@ template <class T>
 void PairBlocks<T>::add_gradient(const BlockGradient<T>& gradient, T* grad_mean,
                                  T* grad_var) const {
   const GradientBlock<T>& block = gradient.block();
-  const int64_t work_rows =
-      round_up(block.rows_i, kGradientRows) + round_up(block.rows_j, kGradientRows);
-  const bool diagonal = block.first_i == block.first_j;
-  const int64_t pairs = block.rows_i * block.rows_j / (diagonal ? 2 : 1);
+  const BlockRows& rows = block.rows;
+  const int64_t work_rows = rows.count_i + rows.count_j + 2 * kGradientRows;
+  const int64_t pairs = rows.count_i * rows.count_j / (rows.first_i == rows.first_j ? 2 : 1);
   // Threads share out the dimensions, so that every sum over pairs has one order. Two vectors at a
   // time, since rows are read from memory by pairs of cache lines.
   constexpr int64_t unit = 2;

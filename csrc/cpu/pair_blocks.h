@@ -51,9 +51,10 @@ class BlockGradient {
     for (int64_t r = i; r < i + rows_i; ++r)
       for (int64_t c = j; c < j + rows_j; ++c) {
         const T g = r < c ? grad(r, c) : T(0);
-        const int64_t part = (r - block_.first_i) / kGradientRows, local_j = c - block_.first_j;
-        const int64_t lane = (r - block_.first_i) % kGradientRows;
-        grad_[(part * block_.rows_j + local_j) * kGradientRows + lane] = g;
+        const int64_t part = (r - block_.rows.first_i) / kGradientRows,
+                      local_j = c - block_.rows.first_j;
+        const int64_t lane = (r - block_.rows.first_i) % kGradientRows;
+        grad_[(part * block_.rows.count_j + local_j) * kGradientRows + lane] = g;
         if (g != 0) nonzero_[part * tiles_j() + local_j / kTile] = 1;
       }
   }
@@ -61,7 +62,7 @@ class BlockGradient {
   const GradientBlock<T>& block() const { return block_; }
 
  private:
-  int64_t tiles_j() const { return (block_.rows_j + kTile - 1) / kTile; }
+  int64_t tiles_j() const { return (block_.rows.count_j + kTile - 1) / kTile; }
 
   Buffer<T> grad_;
   Buffer<uint8_t> nonzero_;

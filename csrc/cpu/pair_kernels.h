@@ -47,13 +47,18 @@ struct Panel {
 constexpr int kCheckpoint = 4;
 constexpr int64_t checkpoints(int64_t vectors) { return vectors / (kGroup * kCheckpoint); }
 
-// The gradient of each distance of rows i with rows j, zero but for i < j. They either are the same
-// rows or share none. `nonzero` says which parts of kGradientRows x kTile pairs have any.
+// Rows i and rows j of a block of pairs; they either are the same or share none.
+struct BlockRows {
+  int64_t first_i, count_i, first_j, count_j;
+};
+
+// The gradient of each distance of a block, zero but for i < j. `nonzero` says which parts of
+// kGradientRows x kTile pairs have any.
 template <class T>
 struct GradientBlock {
-  const T* grad;           // (ceil(rows_i / kGradientRows), rows_j, kGradientRows)
-  const uint8_t* nonzero;  // (ceil(rows_i / kGradientRows), ceil(rows_j / kTile))
-  int64_t first_i, rows_i, first_j, rows_j;
+  const T* grad;           // (ceil(count_i / kGradientRows), count_j, kGradientRows)
+  const uint8_t* nonzero;  // (ceil(count_i / kGradientRows), ceil(count_j / kTile))
+  BlockRows rows;
 };
 
 template <class T>
@@ -75,7 +80,7 @@ struct PairKernels {
                int64_t rows_j, bool upper, T limit, T* distance);
 
   // Adds the block's gradients for vectors [first, last). `work` holds 5 vectors per row,
-  // the rows of either side rounded up to kGradientRows.
+  // of either side, and for kGradientRows more on each.
   void (*gradient)(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
                    int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var);
 

@@ -88,11 +88,13 @@ CWBR_INLINE Vec<T> power_of_two(Vec<T> k) {
   return reinterpret_cast<Vec<T>>((__builtin_convertvector(k, Integers) + bias) << bits);
 }
 
-// x = mantissa(x) * 2^exponent(x) with 1 <= mantissa < 2, for positive normal x.
-// reciprocal(x) is 1 / x within two units in the last place.
+// fma: a b + c; fnma: c - a b. x = mantissa(x) * 2^exponent(x) with 1 <= mantissa < 2, for positive
+// normal x. reciprocal(x) is 1 / x within two units in the last place.
 #if defined(CWBR_AVX512)
 CWBR_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 CWBR_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+CWBR_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+CWBR_INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) { return _mm512_fnmadd_pd(a, b, c); }
 CWBR_INLINE Floats exponent(Floats x) { return _mm512_getexp_ps(x); }
 CWBR_INLINE Doubles exponent(Doubles x) { return _mm512_getexp_pd(x); }
 CWBR_INLINE Floats mantissa(Floats x) {
@@ -103,24 +105,28 @@ CWBR_INLINE Doubles mantissa(Doubles x) {
 }
 CWBR_INLINE Floats reciprocal(Floats x) {
   const Floats r = _mm512_rcp14_ps(x);
-  return fma(r, fma(-x, r, broadcast(1.0f)), r);
+  return fma(r, fnma(x, r, broadcast(1.0f)), r);
 }
 CWBR_INLINE Doubles reciprocal(Doubles x) {
   Doubles r = _mm512_rcp14_pd(x);
-  r = fma(r, fma(-x, r, broadcast(1.0)), r);
-  return fma(r, fma(-x, r, broadcast(1.0)), r);
+  r = fma(r, fnma(x, r, broadcast(1.0)), r);
+  return fma(r, fnma(x, r, broadcast(1.0)), r);
 }
 #else
 #if defined(CWBR_AVX2)
 CWBR_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 CWBR_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+CWBR_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
+CWBR_INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) { return _mm256_fnmadd_pd(a, b, c); }
 CWBR_INLINE Floats reciprocal(Floats x) {
-  const Floats r = _mm256_rcp_ps(x), e = fma(-x, r, broadcast(1.0f));
+  const Floats r = _mm256_rcp_ps(x), e = fnma(x, r, broadcast(1.0f));
   return fma(r, fma(e, e, e), r);
 }
 #else
 CWBR_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 CWBR_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
+CWBR_INLINE Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
+CWBR_INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) { return c - a * b; }
 CWBR_INLINE Floats reciprocal(Floats x) { return 1.0f / x; }
 #endif
 CWBR_INLINE Doubles reciprocal(Doubles x) { return 1.0 / x; }
