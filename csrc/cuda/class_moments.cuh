@@ -16,14 +16,28 @@ constexpr int kMaxLayers = 32;
 // What a launch over several layers knows of one: its tensors and where its blocks begin.
 template <class T>
 struct MomentLayer {
-  const T* z;                        // (B, dims)
-  accumulate_t<T>* mean;             // (K, dims)
-  accumulate_t<T>* var;              // (K, dims)
-  T* grad_z;                         // (B, dims)
+  const T* z;             // (B, dims)
+  accumulate_t<T>* mean;  // (K, dims)
+  accumulate_t<T>* var;   // (K, dims)
+  int64_t dims;
+  int64_t first_slice = 0;
+};
+
+template <class T>
+struct GradientLayer {
+  const T* z;                   // (B, dims)
+  const accumulate_t<T>* mean;  // (K, dims)
+  const accumulate_t<T>* var;   // (K, dims)
+  T* grad_z;                    // (B, dims)
+  int64_t dims;
+  int64_t first_slice = 0;
+};
+
+// A layer whose gradients with respect to the moments are given.
+template <class T>
+struct MomentGradientLayer : GradientLayer<T> {
   const accumulate_t<T>* grad_mean;  // (K, dims)
   const accumulate_t<T>* grad_var;   // (K, dims)
-  int64_t dims;
-  int64_t first_slice;
 };
 
 template <class Layer>
@@ -98,13 +112,13 @@ __global__ void __launch_bounds__(kColumnThreads)
   const MomentLayer<T>& layer = layer_of(layers, slice);
   const bool vectors = vectors_fit(layer.z, layer.dims);
   for_columns<T>(slice - layer.first_slice, layer.dims, vectors, [&](auto width, int64_t column) {
-    moments_of_columns<T, width()>(layer, groups, group, column, eps);
+    moments_of_columns<T, width.value>(layer, groups, group, column, eps);
   });
 }
 
 // dL/dz = (dL/dmean + 2 dL/dvar (z - mean)) / n for the samples of one group.
 template <class T, int WIDTH>
-__device__ void spread_gradient(const MomentLayer<T>& layer, const Groups& groups, int64_t group,
+__device__ void spread_gradient(const GradientLayer<T>& layer, const Groups& groups, int64_t group,
                                 int64_t column, const accumulate_t<T> (&grad_mean)[WIDTH],
                                 const accumulate_t<T> (&grad_var)[WIDTH], accumulate_t<T> eps) {
   using A = accumulate_t<T>;
@@ -132,7 +146,7 @@ __device__ void spread_gradient(const MomentLayer<T>& layer, const Groups& group
 
 // Zero gradients for every `stride`-th of the samples of no group.
 template <class T, int WIDTH>
-__device__ void clear_gradient(const MomentLayer<T>& layer, const Groups& groups, int64_t start,
+__device__ void clear_gradient(const GradientLayer<T>& layer, const Groups& groups, int64_t start,
                                int64_t stride, int64_t column) {
   const Vector<T, WIDTH> zero = {};
   for (int64_t position = groups.offsets[groups.count] + start; position < groups.batch;
@@ -150,20 +164,20 @@ __device__ void moments_backward(const Layers<Layer>& layers, const Groups& grou
   const Layer& layer = layer_of(layers, slice);
   const bool vectors = vectors_fit(layer.z, layer.dims) && vectors_fit(layer.grad_z, layer.dims);
   for_columns<T>(slice - layer.first_slice, layer.dims, vectors, [&](auto width, int64_t column) {
-    clear_gradient<T, width()>(layer, groups, group, rows, column);
+    clear_gradient<T, width.value>(layer, groups, group, rows, column);
     if (group == groups.count || groups.offsets[group] == groups.offsets[group + 1]) return;
-    accumulate_t<T> grad_mean[width()], grad_var[width()];
+    accumulate_t<T> grad_mean[width.value], grad_var[width.value];
     gradients(layer, group, column, grad_mean, grad_var);
-    spread_gradient<T, width()>(layer, groups, group, column, grad_mean, grad_var, eps);
+    spread_gradient<T, width.value>(layer, groups, group, column, grad_mean, grad_var, eps);
   });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads)
-    class_moments_backward_kernel(const __grid_constant__ Layers<MomentLayer<T>> layers,
+    class_moments_backward_kernel(const __grid_constant__ Layers<MomentGradientLayer<T>> layers,
                                   Groups groups, accumulate_t<T> eps) {
   moments_backward<T>(layers, groups, eps,
-                      [](const MomentLayer<T>& layer, int64_t group, int64_t column,
+                      [](const MomentGradientLayer<T>& layer, int64_t group, int64_t column,
                          auto& grad_mean, auto& grad_var) {
                         load_many(layer.grad_mean + group * layer.dims + column, grad_mean);
                         load_many(layer.grad_var + group * layer.dims + column, grad_var);
@@ -184,7 +198,7 @@ void class_moments(Launcher& launch, const T* z, int64_t dims, Groups groups, do
                    accumulate_t<T>* mean, accumulate_t<T>* var) {
   Layers<MomentLayer<T>> layers{};
   int64_t slices = 0;
-  add_layer<T>(layers, slices, {z, mean, var, nullptr, nullptr, nullptr, dims, 0});
+  add_layer<T>(layers, slices, {z, mean, var, dims});
   launch(class_moments_kernel<T>, slices * groups.count, kColumnThreads, 0, layers, groups,
          static_cast<accumulate_t<T>>(eps), static_cast<int*>(nullptr));
 }
@@ -192,11 +206,11 @@ void class_moments(Launcher& launch, const T* z, int64_t dims, Groups groups, do
 template <class T, class Launcher>
 void class_moments_backward(Launcher& launch, const accumulate_t<T>* grad_mean,
                             const accumulate_t<T>* grad_var, const T* z, int64_t dims,
-                            accumulate_t<T>* mean, accumulate_t<T>* var, Groups groups, double eps,
-                            T* grad_z) {
-  Layers<MomentLayer<T>> layers{};
+                            const accumulate_t<T>* mean, const accumulate_t<T>* var, Groups groups,
+                            double eps, T* grad_z) {
+  Layers<MomentGradientLayer<T>> layers{};
   int64_t slices = 0;
-  add_layer<T>(layers, slices, {z, mean, var, grad_z, grad_mean, grad_var, dims, 0});
+  add_layer<T>(layers, slices, {{z, mean, var, grad_z, dims}, grad_mean, grad_var});
   launch(class_moments_backward_kernel<T>, slices * (groups.count > 0 ? groups.count : 1),
          kColumnThreads, 0, layers, groups, static_cast<accumulate_t<T>>(eps));
 }

@@ -125,17 +125,22 @@ constexpr int kSliceColumns = kColumnThreads * kVectorWidth<T>;
 
 // Calls run(width, column) for the columns of a slice that this thread owns: one vector, or as many
 // single columns where vectors do not fit.
+template <int WIDTH>
+struct Width {
+  static constexpr int value = WIDTH;
+};
+
 template <class T, class Run>
 __device__ void for_columns(int64_t slice, int64_t dims, bool vectors, Run run) {
   if (vectors) {
     const int64_t column = slice * kSliceColumns<T> + threadIdx.x * kVectorWidth<T>;
     if (column < dims)  // mask: the last slice is ragged
-      run(std::integral_constant<int, kVectorWidth<T>>(), column);
+      run(Width<kVectorWidth<T>>{}, column);
   } else {
     for (int part = 0; part < kVectorWidth<T>; ++part) {
       const int64_t column = slice * kSliceColumns<T> + part * kColumnThreads + threadIdx.x;
       if (column < dims)  // mask: the last slice is ragged
-        run(std::integral_constant<int, 1>(), column);
+        run(Width<1>{}, column);
     }
   }
 }
@@ -185,6 +190,16 @@ __device__ inline Scan block_scan(int value, int (&scratch)[kMaxWarps]) {
     result.total += scratch[other];
   }
   return result;
+}
+
+// Whether this block is the last of `expected` to get here; what the others wrote is then visible.
+__device__ inline bool arrives_last(int* ticket, int64_t expected, int& shared_last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared_last = atomicAdd(ticket, 1) == expected - 1;
+  __syncthreads();
+  __threadfence();
+  return shared_last != 0;
 }
 
 // Sorts `size` keys, a power of two, by one block; largest last. Works in shared or global memory.

@@ -90,7 +90,7 @@ __device__ void add_stage(const RowStage<A>* rows, const RowStage<A>* columns,
 #pragma unroll 1
   for (int share = 0; share < kStage; share += kShare) {
     A n[MICRO][MICRO], d[MICRO][MICRO];
-#pragma unroll
+#pragma unroll(WIDE ? 1 : kShare / 2)
     for (int two = 0; two < kShare; two += 2) {
       TwoMoments<A> row[MICRO], column[MICRO];
 #pragma unroll

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t group = blockIdx.x % groups, slice = blockIdx.x / groups;
   const bool vectors = vectors_fit(mean, dims) && vectors_fit(var, dims);
   for_columns<A>(slice, dims, vectors, [&](auto width, int64_t column) {
-    A by_mean[width()], by_var[width()];
+    A by_mean[width.value], by_var[width.value];
     walk_pairs(from, mean, var, dims, group, column, eps, by_mean, by_var);
     store_many(grad_mean + group * dims + column, by_mean);
     store_many(grad_var + group * dims + column, by_var);

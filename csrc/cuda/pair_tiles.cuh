@@ -96,16 +96,6 @@ struct Splits {
   int* tickets;  // (tiles,), zero
 };
 
-// Whether this block is the last of `expected` to get here; what the others wrote is then visible.
-__device__ inline bool arrives_last(int* ticket, int64_t expected, int& shared_last) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared_last = atomicAdd(ticket, 1) == expected - 1;
-  __syncthreads();
-  __threadfence();
-  return shared_last != 0;
-}
-
 template <class A>
 __device__ bool gather_splits(const Splits<A>& splits, int tile, int split, int& shared_last,
                               A (&sum)[kMicro<A>][kMicro<A>]) {

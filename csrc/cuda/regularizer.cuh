@@ -100,18 +100,18 @@ __global__ void __launch_bounds__(kColumnThreads)
 }
 
 template <class T>
-struct RegularizerLayer : MomentLayer<T> {
+struct DistanceGradientLayer : GradientLayer<T> {
   const accumulate_t<T>* grad_distance;  // (M,)
 };
 
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads)
-    regularizer_backward_kernel(const __grid_constant__ Layers<RegularizerLayer<T>> layers,
+    regularizer_backward_kernel(const __grid_constant__ Layers<DistanceGradientLayer<T>> layers,
                                 Groups groups, const int64_t* pairs, Touching touching,
                                 accumulate_t<T> eps) {
   moments_backward<T>(
       layers, groups, eps,
-      [&](const RegularizerLayer<T>& layer, int64_t group, int64_t column, auto& grad_mean,
+      [&](const DistanceGradientLayer<T>& layer, int64_t group, int64_t column, auto& grad_mean,
           auto& grad_var) {
         walk_pairs(PairGradients<accumulate_t<T>>{layer.grad_distance, pairs, touching}, layer.mean,
                    layer.var, layer.dims, group, column, eps, grad_mean, grad_var);
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 // The layers of one launch: they agree in the dtype of z.
 template <class T>
-void moments_of_layers(auto& launch, const RegularizerLayer<T>* layer, int count, Groups groups,
+void moments_of_layers(auto& launch, const MomentLayer<T>* layer, int count, Groups groups,
                        accumulate_t<T> eps, int* ticket) {
   for (int first = 0; first < count; first += kMaxLayers) {
     Layers<MomentLayer<T>> layers{};
     int64_t slices = 0;
     for (int k = first; k < count && k < first + kMaxLayers; ++k)
-      add_layer<T>(layers, slices, static_cast<const MomentLayer<T>&>(layer[k]));
+      add_layer<T>(layers, slices, layer[k]);
     const int64_t grid = slices * groups.count;
     launch(class_moments_kernel<T>, grid > 0 ? grid : 1, kColumnThreads, 0, layers, groups, eps,
            ticket);
@@ -159,10 +159,11 @@ Touching distance_gradients(auto& launch, int layers, PairSettings<A> settings, 
 }
 
 template <class T>
-void features_backward(auto& launch, const RegularizerLayer<T>* layer, int count, Groups groups,
-                       const int64_t* pairs, Touching touching, accumulate_t<T> eps) {
+void features_backward(auto& launch, const DistanceGradientLayer<T>* layer, int count,
+                       Groups groups, const int64_t* pairs, Touching touching,
+                       accumulate_t<T> eps) {
   for (int first = 0; first < count; first += kMaxLayers) {
-    Layers<RegularizerLayer<T>> layers{};
+    Layers<DistanceGradientLayer<T>> layers{};
     int64_t slices = 0;
     for (int k = first; k < count && k < first + kMaxLayers; ++k)
       add_layer<T>(layers, slices, layer[k]);

@@ -93,8 +93,8 @@ int run_class_moments_backward(int dtype, void* grad_mean, void* grad_var, void*
     using T = decltype(type);
     using A = accumulate_t<T>;
     class_moments_backward(launch, as<const A>(grad_mean), as<const A>(grad_var), as<const T>(z),
-                           dims, as<A>(mean), as<A>(var), Groups{order, offsets, groups, batch},
-                           eps, as<T>(grad_z));
+                           dims, as<const A>(mean), as<const A>(var),
+                           Groups{order, offsets, groups, batch}, eps, as<T>(grad_z));
   });
 }
 
@@ -190,13 +190,10 @@ int run_regularizer(int dtype, void** features, int64_t* dims, int layers, int64
   return dispatch(dtype, [&](auto& launch, auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    std::vector<RegularizerLayer<T>> moments(layers);
+    std::vector<MomentLayer<T>> moments;
     std::vector<DistanceLayer<A>> distances;
     for (int l = 0; l < layers; ++l) {
-      moments[l].z = as<const T>(features[l]);
-      moments[l].mean = as<A>(mean[l]);
-      moments[l].var = as<A>(var[l]);
-      moments[l].dims = dims[l];
+      moments.push_back({as<const T>(features[l]), as<A>(mean[l]), as<A>(var[l]), dims[l]});
       distances.push_back({as<A>(mean[l]), as<A>(var[l]), dims[l]});
     }
     const PairSettings<A> settings{pairs,  as<const A>(weights), num_pairs,
@@ -221,15 +218,11 @@ int run_regularizer_backward(int dtype, void* grad, void** features, int64_t* di
     A* grad_distance = launch.template scratch<A>(layers * num_pairs);
     const Touching touching = distance_gradients<A>(launch, layers, settings, as<const A>(grad),
                                                     as<const A>(distance), grad_distance);
-    std::vector<RegularizerLayer<T>> all(layers);
-    for (int l = 0; l < layers; ++l) {
-      all[l].z = as<const T>(features[l]);
-      all[l].mean = as<A>(mean[l]);
-      all[l].var = as<A>(var[l]);
-      all[l].grad_z = as<T>(grad_z[l]);
-      all[l].dims = dims[l];
-      all[l].grad_distance = grad_distance + l * num_pairs;
-    }
+    std::vector<DistanceGradientLayer<T>> all;
+    for (int l = 0; l < layers; ++l)
+      all.push_back({{as<const T>(features[l]), as<const A>(mean[l]), as<const A>(var[l]),
+                      as<T>(grad_z[l]), dims[l]},
+                     grad_distance + l * num_pairs});
     features_backward<T>(launch, all.data(), layers, Groups{order, offsets, groups, batch}, pairs,
                          touching, static_cast<A>(eps));
   });
