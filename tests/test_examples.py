@@ -386,6 +386,7 @@ def result(correct: int, regularizer: float, scale: float) -> Result:
         predictions, targets, torch.tensor([[0, 1]]), torch.tensor([0.2]), {"a": 0.5}, {"a": 0.9}
     )
     row = {"step": 1, "cross_entropy": 1.0, "regularizer": regularizer, "scale": scale}
+    row["rho a"] = regularizer
     return Result(evaluation, [row], 10.0, 0.5 * (scale > 0))
 
 
@@ -402,6 +403,7 @@ def test_verdict_follows_from_the_numbers(correct: int, words: str) -> None:
     notes = " ".join(footnotes(results, ["x", "y"], 64))
     assert words in notes
     assert "silent" not in notes
+    assert "no overlap" not in notes
     assert "x/y 20%" in notes
     assert f"{(correct - 900) / 10:+.2f} points" in table(results)
 
@@ -409,9 +411,9 @@ def test_verdict_follows_from_the_numbers(correct: int, words: str) -> None:
 @pytest.mark.parametrize(("value", "scale"), [(0.0, 1e6), (1e-9, 1e6)])
 def test_silent_regularizer_is_called_so(value: float, scale: float) -> None:
     results = {"ce": result(900, 0, 0), "plain": result(900, value, scale)}
-    notes = [note for note in footnotes(results, ["x", "y"], 64) if "silent" in note]
-    assert len(notes) == 1
+    notes = [note for note in footnotes(results, ["x", "y"], 64) if note.startswith("plain")]
     assert notes[0].startswith("plain was all but silent in 100% of the logged steps")
+    assert "(mean rho of the batch's confused pairs below 1e-06) in a in 100%" in notes[1]
 
 
 def test_tensorboard_events_are_written_on_request() -> None:

@@ -13,6 +13,7 @@ from fgvc.evaluation import Evaluation
 from fgvc.log import Row
 
 SILENT = 0.01  # of the cross-entropy
+NO_OVERLAP = 1e-6  # mean rho of the confused pairs
 
 
 class Result(NamedTuple):
@@ -129,15 +130,29 @@ def footnotes(results: Results, class_names: Sequence[str], top_m: int) -> list[
 
 
 def _silence(name: str, run: Result) -> list[str]:
+    """Where the regularizer, or its overlap in a layer, came to nothing."""
     rows = [row for row in run.history if row.get("scale", 0) != 0]
-    parts = [abs(row["regularizer"] * row["scale"]) / row["cross_entropy"] for row in rows]
-    silent = sum(part < SILENT for part in parts)
-    if silent == 0:
+    if not rows:
         return []
-    return [
-        f"{name} was all but silent in {silent / len(parts):.0%} of the logged steps: times its "
-        f"scale, its value was below {SILENT:.0%} of the cross-entropy."
-    ]
+    notes = []
+    parts = [abs(row["regularizer"] * row["scale"]) / row["cross_entropy"] for row in rows]
+    silent = sum(part < SILENT for part in parts) / len(rows)
+    if silent > 0:
+        notes.append(
+            f"{name} was all but silent in {silent:.0%} of the logged steps: times its scale, its "
+            f"value was below {SILENT:.0%} of the cross-entropy."
+        )
+    vanished = {
+        layer: sum(row[f"rho {layer}"] < NO_OVERLAP for row in rows) / len(rows)
+        for layer in run.evaluation.overlaps
+    }
+    shares = [f"{layer} in {share:.0%}" for layer, share in vanished.items() if share > 0]
+    if shares:
+        notes.append(
+            f"{name} had next to no overlap to reduce (mean rho of the batch's confused pairs "
+            f"below {NO_OVERLAP:g}) in {', '.join(shares)} of the logged steps."
+        )
+    return notes
 
 
 def _verdict(name: str, base_name: str, run: Evaluation, base: Evaluation) -> str:
@@ -196,16 +211,17 @@ def write_figure(results: Results, path: Path) -> bool:
             label = f"{name}, {layer}"
             panel[3].plot(steps, values, style, color=colours[name], label=label)
     panel[0].set(title="accuracy during training", xlabel="step", ylabel="%")
-    panel[3].set(title="mean overlap rho of the batch's confused pairs", xlabel="step")
-    panel[3].set_yscale("symlog", linthresh=1e-6)
+    panel[3].set(title="mean rho of the batch's confused pairs", xlabel="step")
+    panel[3].set_yscale("symlog", linthresh=1e-20)
     panel[0].legend(fontsize=8)
-    panel[3].legend(fontsize=8)
+    panel[3].legend(fontsize=8, loc="lower left")
 
     names = list(results)
     error_rate = next(name for name in by_name if name.startswith("error rate"))
     for ax, metric in ((panel[1], "test accuracy"), (panel[2], error_rate)):
         bars = ax.bar(names, by_name[metric].values, color=list(colours.values()))
         ax.bar_label(bars, fmt="%.2f")
+        ax.margins(y=0.1)
         ax.set(title=metric, ylabel="%")
     for k, name in enumerate(names):
         probes = [by_name[f"linear probe accuracy, {layer}"].values[k] for layer in layers]
@@ -214,9 +230,10 @@ def write_figure(results: Results, path: Path) -> bool:
             places, probes, 0.8 / len(names), align="edge", label=name, color=colours[name]
         )
         panel[4].bar_label(bars, fmt="%.1f", fontsize=8)
+    panel[4].margins(y=0.1)
     panel[4].set_xticks([x + 0.4 for x in range(len(layers))], layers)
     panel[4].set(title="linear probe accuracy, test", ylabel="%")
-    panel[4].legend(fontsize=8)
+    panel[4].legend(fontsize=8, loc="lower right")
     spent = by_name["of it in the regularizer"].values
     share = by_name["regularizer's share of the time"].values
     bars = panel[5].bar(names, spent, color=list(colours.values()))
