@@ -339,6 +339,8 @@ def launch_rows_backward(
 def all_pair_distance(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Distances (K, K) of all rows of mean and var (K, D)."""
     groups = mean.shape[0]
+    if groups == 0:
+        return mean.new_empty(0, 0)
     partial = launch_partial(mean, var, eps)
     distance = scratch(mean, groups, groups)
     launch(

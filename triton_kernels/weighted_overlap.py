@@ -5,6 +5,7 @@ Backward recomputes the distances, turns them into dL/dD (K, K) and sums that ov
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,6 +174,8 @@ def weighted_overlap_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for a scalar grad."""
     groups = mean.shape[0]
+    if groups == 0:
+        return torch.zeros_like(mean), torch.zeros_like(var)
     alpha = alpha.contiguous()
     partial = launch_partial(mean, var, eps)
     totals, grad_distance = scratch(mean, groups), scratch(mean, groups, groups)
