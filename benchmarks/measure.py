@@ -1,0 +1,185 @@
+"""Clocks and counters: interleaved times, peak memory of a fresh process, dispatcher calls."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parent.parent
+# A timed sample repeats its call until it takes this long, a slower call is sampled once.
+SAMPLE_SECONDS, SLOW_SECONDS = 1e-3, 3.0
+ROUNDS = (5, 60)
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str = "cpu", repeats: int = 1) -> float:
+    """Wall time of one call, the mean of `repeats` in a row."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], budget: float, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds per call of each, in rounds that time every call once, from a rotating start.
+
+    So a disturbance of the machine hits all alike, and sample r of one may be divided by sample r
+    of another. Calls slower than SLOW_SECONDS take part in round 0 only. They are expected to be
+    warm.
+
+    Args:
+        calls: by name.
+        budget: seconds per call to spend on repeated rounds; there are at least ROUNDS[0].
+    """
+    once = {name: seconds(call, device) for name, call in calls.items()}
+    samples = {name: [s] for name, s in once.items() if s > SLOW_SECONDS}
+    fast = [name for name in calls if name not in samples]
+    if not fast:
+        return samples
+    repeats = {name: max(1, round(SAMPLE_SECONDS / once[name])) for name in fast}
+    cost = sum(once[name] * repeats[name] for name in fast)
+    rounds = int(min(max(budget * len(fast) / cost, ROUNDS[0]), ROUNDS[1]))
+    samples |= {name: [] for name in fast}
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            first = r % len(fast)
+            for name in fast[first:] + fast[:first]:
+                samples[name].append(seconds(calls[name], device, repeats[name]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return statistics.median(samples), p20, p80
+
+
+def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds both took part in of samples / base."""
+    return statistics.median(s / b for s, b in zip(samples, base, strict=False))
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def _reset_peak() -> None:
+    """Hand freed memory back to the system, then restart the resident set's high-water mark."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """How far one call raises the memory in use above what it was before.
+
+    On the CPU the resident set of the process, which also sees what a kernel allocates behind
+    torch's back; torch's profiler would not. Linux lets the high-water mark be reset, elsewhere it
+    can only rise (getrusage), and the answer is a lower bound. On a GPU the caching allocator's
+    peak. Meaningful in a fresh process only: an earlier call may have left memory to reuse.
+    """
+    if device != "cpu":
+        torch.accelerator.empty_cache()
+        synchronize(device)
+        before = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        call()
+        synchronize(device)
+        extra: int = torch.accelerator.max_memory_allocated() - before
+        return extra
+    if sys.platform != "linux":
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    _reset_peak()
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before
+
+
+def in_fresh_process(module: str, *arguments: str, timeout: float) -> Any:
+    """Run `python -m module arguments...` and return the JSON value of its last line of output.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    # Small blocks go back to the system too, so that none is reused unseen.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if process.returncode != 0:
+        raise RuntimeError(f"{module} {arguments}: {process.stderr[-500:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+class CallCounter(TorchDispatchMode):
+    """Counts the operations that reach a kernel, and the largest tensor that one returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.largest_elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.largest_elements = max(self.largest_elements, stored)
+        return out
+
+
+def count_calls(call: Callable[[], object]) -> int:
+    """Dispatcher calls that one call makes, views and allocations included."""
+    with CallCounter() as counter:
+        call()
+    return counter.calls
+
+
+def count_launches(call: Callable[[], object]) -> int:
+    """GPU kernels that one call launches."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.accelerator.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
