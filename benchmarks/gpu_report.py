@@ -1,0 +1,267 @@
+"""`make gpu-report`: what every GPU kernel costs by its machine code, compiled without a GPU.
+
+Writes benchmarks/results/gpu_report.csv and .md. Triton's kernels are compiled ahead of time for
+each architecture with the tile sizes and specialisations that a launch on it would use; the CUDA
+kernels' rows are read from the compiled extension, where it was built with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cwbr_fused
+from benchmarks import gpu_report_cuda
+from benchmarks.gpu_report_cuda import (
+    Row,
+    disassembly,
+    innermost_loops,
+    occupancy,
+    resource_usage,
+    table,
+)
+from cwbr_fused import extension
+
+RESULTS = Path(__file__).parent / "results"
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+EPS = 1e-6
+
+
+def write(rows: list[Row], folder: Path = RESULTS) -> None:
+    """The one table of all GPU kernels, as CSV and as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "gpu_report.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    text = f"""# GPU kernels by their machine code
+
+Compiled ahead of time, nothing was run. Stack and shared memory in bytes; instructions and MUFU
+(reciprocals and logarithms) per pair and dimension of the inner loop, its loads included. A pair is
+one visit of (i, j): Triton's backward kernel of all pairs visits (i, j) and (j, i). For gfx942 the
+registers are vector registers and local accesses are spilled ones. Made by `make gpu-report`.
+
+{table(rows)}
+"""
+    (folder / "gpu_report.md").write_text(text)
+
+
+def _nvidia_row(cubin: bytes, name: str, arch: str, warps: int, labels: dict[str, str]) -> Row:
+    """The row of kernel `name` of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        ((_, used),) = resource_usage(Path(file.name)).items()
+        body = disassembly(Path(file.name), arch if arch == "sm_80" else arch + "a")[name]
+    instructions = mufu = None
+    if name in VISITS_PER_MUFU:
+        loop = max(innermost_loops(body), key=_count_mufu)
+        visits = VISITS_PER_MUFU[name] * _count_mufu(loop)
+        instructions, mufu = len(loop) / visits, _count_mufu(loop) / visits
+    return Row(
+        **labels,
+        arch=arch,
+        registers=used["REG"],
+        stack=used["STACK"],
+        local_accesses=sum(i.startswith(("LDL", "STL")) for _, i in body),
+        shared=used["SHARED"],
+        occupancy=occupancy(arch, used["REG"], used["SHARED"], 32 * warps),
+        instructions=instructions,
+        mufu=mufu,
+    )
+
+
+def _count_mufu(opcodes: list[str]) -> int:
+    return sum(op.startswith("MUFU") for op in opcodes)
+
+
+def _amd_row(assembly: str, labels: dict[str, str]) -> Row:
+    """The row of an AMD kernel: 512 vector registers are shared by up to 8 waves."""
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"{name}:\s*(\d+)", assembly)[-1])
+
+    registers = max(1, field(r"\.vgpr_count"))
+    return Row(
+        **labels,
+        arch="gfx942",
+        registers=registers,
+        stack=field(r"\.private_segment_fixed_size"),
+        local_accesses=field(r"\.vgpr_spill_count"),
+        shared=field(r"\.group_segment_fixed_size"),
+        occupancy=min(8, 512 // (8 * -(-registers // 8))) / 8,
+        instructions=None,
+        mufu=None,
+    )
+
+
+class _Target:
+    """Stands in for Triton's driver: a device of one architecture that is not there."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        nvidia = arch.startswith("sm_")
+        self.target = GPUTarget(
+            "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, 32 if nvidia else 64
+        )
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(arch: str) -> Iterator[list[Any]]:
+    """Kernels launched meanwhile are compiled for `arch` and not run: (kernel, binary, options).
+
+    Triton keeps the stand-in device afterwards: for processes that run no kernel.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    tuning = importlib.import_module(extension.triton_kernels().__name__ + ".tuning")
+    compiled: list[Any] = []
+    run, processors = JITFunction.run, tuning.processors
+
+    def warm_up(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled.append((kernel, binary, options))
+        return binary
+
+    JITFunction.run, tuning.processors = warm_up, lambda device: PROCESSORS[arch]
+    driver.set_active(_Target(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, tuning.processors = run, processors
+
+
+def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
+    """Calls each operation with uninitialised tensors of realistic sizes; gives its name after."""
+    batch, dims, n_classes, pairs = 512, 2048, 1000, 64
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def floats(*shape: int, dtype: torch.dtype = accumulation) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64)
+
+    z, logits, targets = (
+        floats(batch, dims, dtype=dtype),
+        floats(batch, n_classes, dtype=dtype),
+        integers(batch),
+    )
+    order, offsets, classes = kernels.group_by_class(targets, 2)
+    yield "group_by_class"
+    kernels.plan(logits, targets, pairs, 2)
+    yield "plan"
+    kernels.confusion_weights(logits, order, offsets, classes)
+    yield "confusion_weights"
+    kernels.top_pairs(floats(256, 256), pairs)
+    yield "top_pairs"
+    moments = kernels.class_moments(z, order, offsets, EPS)
+    yield "class_moments"
+    kernels.class_moments_backward(*moments, z, *moments, order, offsets, EPS)
+    yield "class_moments_backward"
+    chosen, weights = integers(pairs, 2), floats(pairs)
+    kernels.pair_distance(*moments, chosen, EPS)
+    yield "pair_distance"
+    kernels.pair_distance_backward(weights, *moments, chosen, EPS)
+    yield "pair_distance_backward"
+    for groups in (200, 1000):
+        mean, alpha = floats(groups, dims), floats(groups, groups)
+        kernels.all_pair_distance(mean, mean, EPS)
+        yield "all_pair_distance"
+        kernels.all_pair_distance_backward(alpha, mean, mean, EPS)
+        yield "all_pair_distance_backward"
+    for log in (False, True):
+        kernels.weighted_overlap(mean, mean, alpha, EPS, log)
+        yield "weighted_overlap"
+        kernels.weighted_overlap_backward(floats(), floats(), mean, mean, alpha, EPS, log)
+        yield "weighted_overlap_backward"
+        features, planned = [z, z[:, :256]], (order, offsets, chosen, weights, EPS, log)
+        _, *saved = kernels.regularizer(features, *planned)
+        yield "regularizer"
+        kernels.regularizer_backward(floats(), features, *saved, *planned)
+        yield "regularizer_backward"
+
+
+# Kernel -> (pair, dimension)s for each MUFU instruction of its inner loop, whatever the unrolling:
+# one reciprocal and one logarithm for eight; one reciprocal for each.
+VISITS_PER_MUFU = {"_tile_kernel": 4.0, "_rows_backward_kernel": 1.0}
+
+
+def triton_rows(arch: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[Row]:
+    """A row for each kernel and tile size of the Triton backend."""
+    kernels = extension.triton_kernels()
+    rows: dict[tuple[Any, ...], Row] = {}
+    with compile_only(arch) as compiled:
+        for dtype in dtypes:
+            for call in call_every_operation(kernels, dtype):
+                for kernel, binary, options in compiled:
+                    tiles = [f"{k}={v}" for k, v in options.items() if k in ("ROWS", "COLUMNS")]
+                    name = " ".join((kernel.fn.__name__, str(dtype).removeprefix("torch."), *tiles))
+                    key = (kernel.fn.__name__, binary.hash)
+                    if key not in rows:
+                        labels = {
+                            "backend": "triton",
+                            "operation": kernel.fn.__module__.rpartition(".")[2],
+                            "direction": "backward" if call.endswith("_backward") else "forward",
+                            "kernel": name,
+                        }
+                        rows[key] = _triton_row(kernel.fn.__name__, binary, arch, labels)
+                compiled.clear()
+    return list(rows.values())
+
+
+def _triton_row(name: str, binary: Any, arch: str, labels: dict[str, str]) -> Row:
+    if arch == "gfx942":
+        return _amd_row(binary.asm["amdgcn"], labels)
+    return _nvidia_row(binary.asm["cubin"], name, arch, binary.metadata.num_warps, labels)
+
+
+def cuda_rows(archs: Sequence[str]) -> list[Row]:
+    """The rows of the compiled extension; none where it has no CUDA kernels."""
+    libraries = Path(cwbr_fused.__path__[0]).glob("_C*.so")
+    if extension.missing("cuda") is not None:
+        return []
+    return [r for library in libraries for r in gpu_report_cuda.rows(library) if r.arch in archs]
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("gpu_report: unset TRITON_INTERPRET, the interpreter compiles nothing")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    dtypes = (torch.float32, torch.bfloat16)
+    rows = [row for arch in options.arch for row in triton_rows(arch, dtypes)]
+    rows += cuda_rows(options.arch)
+    write(rows, options.out)
+    print((options.out / "gpu_report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
