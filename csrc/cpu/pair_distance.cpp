@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels.h"
 #include "pair_blocks.h"
@@ -27,6 +28,23 @@ T typical_scale(const Rows<T>& rows, const int64_t* pairs, int64_t m) {
   return count == 0 ? T(1) : std::ldexp(T(1), -int(sum / count));
 }
 
+// The rows that occur in pairs, and the pairs as positions among them.
+struct NamedRows {
+  std::vector<int64_t> rows, pairs;
+  std::vector<int64_t> position;  // of each of the k rows, -1 for those in no pair
+
+  NamedRows(const int64_t* row_pairs, int64_t m, int64_t k) : pairs(2 * m), position(k, -1) {
+    for (int64_t p = 0; p < 2 * m; ++p) {
+      int64_t& at = position[row_pairs[p]];
+      if (at < 0) {
+        at = rows.size();
+        rows.push_back(row_pairs[p]);
+      }
+      pairs[p] = at;
+    }
+  }
+};
+
 }  // namespace
 
 template <class T>
@@ -34,6 +52,7 @@ void pair_distance(const T* mean, const T* var, const int64_t* pairs, int64_t m,
                    int64_t d, double eps, T* distance) {
   const PairKernels<T>& kernels = pair_kernels<T>();
   const Rows<T> rows = {mean, var, k, d, T(eps)};
+  if (m == 0) return;
   const T scale = typical_scale(rows, pairs, m);
   const int64_t vectors = d / kernels.lanes + 1;
   parallel_for(0, m, 1 + kGrain / vectors, [&](int64_t first, int64_t last) {
@@ -47,14 +66,24 @@ void pair_distance_backward(const T* grad, const T* mean, const T* var, const in
                             T* grad_var) {
   const PairKernels<T>& kernels = pair_kernels<T>();
   const Rows<T> rows = {mean, var, k, d, T(eps)};
-  // Threads share out the dimensions, so that every sum over pairs has one order.
-  const int64_t width = 8 * kernels.lanes, slices = (d + width - 1) / width;
-  parallel_for(0, slices, 1 + kGrain / (8 * (2 * m + k)), [&](int64_t first, int64_t last) {
-    const Buffer<T> work(k * width);
-    for (int64_t slice = first; slice < last; ++slice)
-      kernels.pair_distance_backward(rows, grad, pairs, m, slice * width,
-                                     std::min(d, (slice + 1) * width), work.get(), grad_mean,
-                                     grad_var);
+  const NamedRows named(pairs, m, k);
+  for (int64_t row = 0; row < k; ++row)
+    if (named.position[row] < 0) {
+      std::fill_n(grad_mean + row * d, d, T(0));
+      std::fill_n(grad_var + row * d, d, T(0));
+    }
+  // Threads share out the dimensions, so that every sum over pairs has one order. A slice of the rows
+  // is small enough to stay in the second-level cache.
+  constexpr int64_t cache_bytes = 1 << 20;
+  const int64_t n = named.rows.size(), vector_bytes = kernels.lanes * sizeof(T);
+  const int64_t vectors = std::clamp<int64_t>(cache_bytes / (5 * vector_bytes * (n + 1)), 1, 4);
+  const int64_t width = vectors * kernels.lanes, slices = (d + width - 1) / width;
+  parallel_for(0, slices, 1 + kGrain / (3 * vectors * (m + n + 1)), [&](int64_t begin, int64_t end) {
+    const Buffer<T> work(n * 5 * width);
+    for (int64_t slice = begin; slice < end; ++slice)
+      kernels.pair_distance_backward(rows, grad, named.pairs.data(), m, named.rows.data(), n,
+                                     slice * width, std::min(d - slice * width, width), work.get(),
+                                     grad_mean, grad_var);
   });
 }
 
