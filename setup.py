@@ -127,7 +127,7 @@ def compiled() -> dict[str, Any]:
 
 
 setup(
-    packages=["cwbr_fused", "cwbr_fused.triton_kernels"],
+    packages=["cwbr_fused", "cwbr_fused.integrations", "cwbr_fused.triton_kernels"],
     package_dir={"cwbr_fused": "cwbr_fused", "cwbr_fused.triton_kernels": "triton_kernels"},
     package_data={"cwbr_fused": ["py.typed"]},
     **compiled(),
