@@ -23,7 +23,9 @@ namespace {
 
 // Classes of any integer dtype as contiguous int64.
 Tensor int64_targets(const Tensor& targets) {
-  check(targets.dim() == 1, "targets: expected shape (B,), got ", shape(targets.sizes()));
+  if (targets.dim() != 1) {
+    fail("targets: expected shape (B,), got ", shape(targets.sizes()));
+  }
   switch (targets.scalar_type()) {
     case ScalarType::Long:
       return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
@@ -37,8 +39,7 @@ Tensor int64_targets(const Tensor& targets) {
     case ScalarType::Bool:
       return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
     default:
-      check(false, "targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
-      return targets;
+      fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
   }
 }
 
@@ -135,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_op(const Tensor& logits,
   check(min_count >= 1, "min_count: expected at least 1, got ", min_count);
   const InputMatrix input = input_matrix(logits, "logits");
   const Tensor classes_of = int64_targets(targets);
-  check(classes_of.size(0) == input.rows, "targets: expected shape (", input.rows, "), got ",
-        shape(targets.sizes()));
+  check(classes_of.size(0) == input.rows, "targets: expected shape (", input.rows, "), got (",
+        classes_of.size(0), ")");
   const int64_t groups = input.rows / min_count;
   const int64_t m = std::min(top_m, groups * (groups - 1) / 2);
   const Tensor order = empty<int64_t, 1>({input.rows});

@@ -74,7 +74,7 @@ Tensor checked(const Tensor& t, const char* name, const std::array<int64_t, N>& 
         ", got ", name_of(t.scalar_type()));
   bool fits = t.dim() == static_cast<int64_t>(N);
   for (size_t i = 0; fits && i < N; ++i) fits = sizes[i] < 0 || t.size(i) == sizes[i];
-  check(fits, name, ": expected shape ", shape(sizes), ", got ", shape(t.sizes()));
+  if (!fits) fail(name, ": expected shape ", shape(sizes), ", got ", shape(t.sizes()));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -91,7 +91,7 @@ struct InputMatrix {
 };
 
 inline InputMatrix input_matrix(const Tensor& t, const char* name) {
-  check(t.dim() == 2, name, ": expected a matrix, got shape ", shape(t.sizes()));
+  if (t.dim() != 2) fail(name, ": expected a matrix, got shape ", shape(t.sizes()));
   const bool contiguous_rows = t.stride(1) == 1 && t.stride(0) >= 0;
   const Tensor tensor = contiguous_rows ? t : torch::stable::contiguous(t);
   InputType type = InputType::kFloat;
@@ -108,7 +108,7 @@ inline InputMatrix input_matrix(const Tensor& t, const char* name) {
       type = InputType::kBFloat16;
       break;
     default:
-      check(false, name, ": expected a floating dtype, got ", name_of(t.scalar_type()));
+      fail(name, ": expected a floating dtype, got ", name_of(t.scalar_type()));
   }
   return {tensor, type, t.size(0), t.size(1), tensor.stride(0)};
 }

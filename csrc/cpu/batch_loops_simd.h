@@ -82,25 +82,42 @@ CWBR_INLINE T max_lanes(Vec<T> v) {
   return max;
 }
 
-// exp(x) for x <= 0, within two units in the last place; 0 below the smallest subnormal.
-template <class T>
+// 1 / k! for k < Count.
+template <class T, int Count>
+struct Factorials {
+  T of[Count];
+
+  constexpr Factorials() : of() {
+    double inverse = 1;
+    for (int k = 0; k < Count; ++k) {
+      of[k] = inverse;
+      inverse /= k + 1;
+    }
+  }
+};
+
+// exp(x) for x <= 0, within two units in the last place. Without `subnormal` the smallest result
+// is near the smallest normal number, which is nothing in a sum that holds exp(0).
+template <class T, bool subnormal>
 CWBR_INLINE Vec<T> exp_negative(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;
-  constexpr T lowest = single ? -104 : -746;
+  constexpr T lowest = subnormal ? (single ? -104 : -746) : (single ? -86 : -707);
   constexpr T rounder = single ? T(0x1.8p23) : T(0x1.8p52);  // adding it rounds to a whole number
   constexpr T log2_high = single ? 0x1.63p-1 : 0x1.62e4p-1;  // times a whole number: exact
   constexpr T log2_low = 0.693147180559945309417 - (single ? 0x1.63p-1 : 0x1.62e4p-1);
-  constexpr int terms = single ? 8 : 14;
   x = x < lowest ? broadcast(lowest) : x;
   const Vec<T> n = x * T(1.44269504088896340736) + rounder - rounder;
   const Vec<T> r = fma(n, broadcast(-log2_low), fma(n, broadcast(-log2_high), x));
-  Vec<T> sum = broadcast(T(1));  // of r^k / k!, from the last term to the first
-  for (int k = terms - 1; k >= 1; --k) sum = fma(sum, r * T(1.0 / k), broadcast(T(1)));
-  const Vec<T> half = n * T(0.5) + rounder - rounder;  // in two factors: subnormal results
+  constexpr int terms = single ? 8 : 14;  // of the series r^k / k!
+  constexpr Factorials<T, terms> inverse;
+  Vec<T> sum = broadcast(inverse.of[terms - 1]);
+  for (int k = terms - 2; k >= 0; --k) sum = fma(sum, r, broadcast(inverse.of[k]));
+  if (!subnormal) return sum * power_of_two<T>(n);
+  const Vec<T> half = n * T(0.5) + rounder - rounder;
   return sum * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
 
-// body(v, load, store) for each column or, in bulk, for kUnroll vectors of columns at once.
+// The columns of a row from `first` on: so many whole vectors, or the first `count` lanes of one.
 template <class In, int Vectors, bool Whole>
 struct Columns {
   using T = Accumulate<In>;
@@ -229,9 +246,9 @@ SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
     }
     for (int64_t c = first; c < bulk; c += unroll * lanes)
       for (int u = 0; u < unroll; ++u)
-        sums[u] += exp_negative<T>(load_input(logits + c + u * lanes) - shift);
+        sums[u] += exp_negative<T, false>(load_input(logits + c + u * lanes) - shift);
     for (int64_t c = bulk; c < last; c += lanes)
-      sums[0] += exp_negative<T>(load_input_first(logits + c, last - c, none) - shift);
+      sums[0] += exp_negative<T, false>(load_input_first(logits + c, last - c, none) - shift);
   }
   return {max, sum_lanes<T>(sums[0] + sums[1] + (sums[2] + sums[3]))};
 }
@@ -244,7 +261,7 @@ void add_probabilities(const In* logits, SoftmaxStatistics<T> statistics, const 
     In chosen[kLanes<T>] = {};
     for (int l = 0; l < kLanes<T> && l < count; ++l) chosen[l] = logits[columns[j + l]];
     const Vec<T> probability =
-        exp_negative<T>(load_input(chosen) - statistics.max) / statistics.sum;
+        exp_negative<T, true>(load_input(chosen) - statistics.max) / statistics.sum;
     const bool whole = count >= kLanes<T>;
     const Vec<T> before = whole ? load(total + j) : load_first(total + j, count, T(0));
     if (whole) {

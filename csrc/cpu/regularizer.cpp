@@ -14,23 +14,26 @@
 namespace cwbr {
 namespace {
 
-constexpr int64_t kMaxWidth = 512, kMinWidth = 128;  // columns per task
-constexpr int64_t kCacheElements = 1 << 16;          // of one temporary (rows, columns)
-constexpr int64_t kGrain = 1 << 20;                  // elements touched per thread
+constexpr int64_t kMinWidth = 128;           // columns of a slice
+constexpr int64_t kCacheElements = 1 << 16;  // of a temporary: active rows times columns
+constexpr int64_t kTaskElements = 1 << 18;   // rows of z and of pairs times columns: for a thread
 
-// The pairs of nonzero weight, and the groups that occur in them renumbered 0, 1, ...
+// The pairs of nonzero coefficient (weight, or gradient of the distance), and the groups that occur
+// in them renumbered 0, 1, ...
 template <class T>
 struct ActivePairs {
   std::vector<int64_t> position;  // in the planned pairs
+  std::vector<T> coefficient;     // of each
   std::vector<int64_t> index;     // (count, 2) rows
   std::vector<int64_t> group;     // of each row
   std::vector<bool> is_active;    // of each group
 
-  ActivePairs(Pairs<T> pairs, int64_t groups) : is_active(groups) {
+  ActivePairs(const Pairs<T>& pairs, const T* coefficients, int64_t groups) : is_active(groups) {
     std::vector<int64_t> row(groups, -1);
     for (int64_t p = 0; p < pairs.count; ++p) {
-      if (pairs.weights[p] == 0) continue;
+      if (coefficients[p] == 0) continue;
       position.push_back(p);
+      coefficient.push_back(coefficients[p]);
       for (const int64_t k : {pairs.index[2 * p], pairs.index[2 * p + 1]}) {
         if (row[k] < 0) {
           row[k] = group.size();
@@ -50,29 +53,50 @@ struct Slice {
   int64_t layer, begin, width;
 };
 
-template <class T>
-std::vector<Slice> make_slices(const Layer<T>* layers, int64_t layer_count, int64_t rows) {
-  const int64_t target =
-      std::clamp(kCacheElements / std::max<int64_t>(1, rows), kMinWidth, kMaxWidth);
-  std::vector<Slice> slices;
-  for (int64_t l = 0; l < layer_count; ++l) {
-    const int64_t dims = layers[l].dims, parts = (dims + target - 1) / target;
-    const int64_t width = parts > 0 ? ((dims + parts - 1) / parts + 15) / 16 * 16 : 0;
-    for (int64_t begin = 0; begin < dims; begin += width) {
-      slices.push_back({l, begin, std::min(width, dims - begin)});
+class Slices {
+ public:
+  // active_of(l) are the active pairs of layer l.
+  template <class T, class ActiveOf>
+  Slices(const Layer<T>* layers, int64_t layer_count, int64_t batch, const ActiveOf& active_of) {
+    int64_t elements = 0;
+    for (int64_t l = 0; l < layer_count; ++l) {
+      const ActivePairs<T>& active = active_of(l);
+      const int64_t per_column = batch + 2 * active.count(), dims = layers[l].dims;
+      const int64_t widest = std::min(kCacheElements / std::max<int64_t>(1, active.rows()),
+                                      kTaskElements / std::max<int64_t>(1, per_column));
+      const int64_t parts = std::max<int64_t>(1, dims / std::max(widest, kMinWidth));
+      const int64_t width = (dims + parts * 16 - 1) / (parts * 16) * 16;  // whole vectors
+      for (int64_t begin = 0; begin < dims; begin += width) {
+        slices_.push_back({l, begin, std::min(width, dims - begin)});
+      }
+      elements += per_column * dims;
     }
+    grain_ = std::max<int64_t>(1, kTaskElements * size() / std::max<int64_t>(1, elements));
   }
-  return slices;
-}
 
-template <class F>
-void for_each_slice(const std::vector<Slice>& slices, int64_t elements_per_column, const F& body) {
-  const int64_t count = slices.size();
-  if (count == 0) return;
-  const int64_t work = std::max<int64_t>(1, elements_per_column * slices[0].width);
-  parallel_for(0, count, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) body(s);
-  });
+  int64_t size() const { return slices_.size(); }
+  const Slice& operator[](int64_t s) const { return slices_[s]; }
+
+  // body(s) for every slice s, in parallel where that pays.
+  template <class F>
+  void for_each(const F& body) const {
+    parallel_for(0, size(), grain_, [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) body(s);
+    });
+  }
+
+ private:
+  std::vector<Slice> slices_;
+  int64_t grain_;
+};
+
+// This thread's memory for one slice at a time, kept: at these sizes the page faults of fresh
+// memory would cost more than the arithmetic.
+template <class T>
+T* scratch(size_t size) {
+  thread_local std::vector<T> memory;
+  if (memory.size() < size) memory.resize(size);
+  return memory.data();
 }
 
 template <class In, class T>
@@ -123,24 +147,24 @@ void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Gr
 }
 
 template <class T>
-double total_weight(Pairs<T> pairs) {
+double total_weight(const Pairs<T>& pairs) {
   double total = 0;
   for (int64_t p = 0; p < pairs.count; ++p) total += pairs.weights[p];
   return total;
 }
 
-// log(w) - D of the active pairs relative to the largest, exponentiated into `share`; returns the
-// largest. NaN stays NaN.
+// share[p] = w_p exp(-D_p - shift), with the shift, which is returned, that makes the largest 1.
+// Zero weights have share 0 whatever their distance; NaN stays NaN.
 template <class T>
-double shifted_overlaps(Pairs<T> pairs, const ActivePairs<T>& active, const T* distance, T* share) {
-  T largest = -std::numeric_limits<T>::infinity();
-  for (int64_t a = 0; a < active.count(); ++a) {
-    const int64_t p = active.position[a];
-    share[a] = std::log(pairs.weights[p]) - distance[p];
-    largest = share[a] > largest ? share[a] : largest;
+double shifted_overlaps(const Pairs<T>& pairs, const T* distance, std::vector<T>& share) {
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  T largest = none;
+  for (int64_t p = 0; p < pairs.count; ++p) {
+    share[p] = pairs.weights[p] == 0 ? none : std::log(pairs.weights[p]) - distance[p];
+    largest = share[p] > largest ? share[p] : largest;
   }
   if (std::isinf(largest)) largest = 0;
-  for (int64_t a = 0; a < active.count(); ++a) share[a] = std::exp(share[a] - largest);
+  for (T& s : share) s = std::exp(s - largest);
   return largest;
 }
 
@@ -152,34 +176,31 @@ double sum(const std::vector<T>& values) {
 }
 
 template <class T>
-double overlap(Pairs<T> pairs, const ActivePairs<T>& active, double eps, bool log,
-               const T* distance) {
+double overlap(const Pairs<T>& pairs, double eps, bool log, const T* distance) {
   const double total = total_weight(pairs);
-  if (!log) {
-    double weighted = 0;
-    for (const int64_t p : active.position) weighted += pairs.weights[p] * std::exp(-distance[p]);
-    return weighted / (total < eps ? eps : total);
+  if (log && total == 0) return 0;
+  std::vector<T> share(pairs.count);
+  if (log) {
+    const double shift = shifted_overlaps(pairs, distance, share);
+    return shift + std::log(sum(share)) - std::log(total);
   }
-  if (total == 0) return 0;
-  std::vector<T> share(active.count());
-  const double largest = shifted_overlaps(pairs, active, distance, share.data());
-  return largest + std::log(sum(share)) - std::log(total);
+  for (int64_t p = 0; p < pairs.count; ++p) share[p] = pairs.weights[p] * std::exp(-distance[p]);
+  return sum(share) / (total < eps ? eps : total);
 }
 
-// Gradient of `overlap` with respect to the distances of the active pairs.
+// Gradient of `overlap` with respect to the distances.
 template <class T>
-std::vector<T> overlap_gradient(double grad, Pairs<T> pairs, const ActivePairs<T>& active,
-                                double eps, bool log, const T* distance) {
+std::vector<T> overlap_gradient(double grad, const Pairs<T>& pairs, double eps, bool log,
+                                const T* distance) {
   const double total = total_weight(pairs);
-  std::vector<T> gradient(active.count());
+  std::vector<T> gradient(pairs.count);
   if (!log) {
     const T scale = -grad / (total < eps ? eps : total);
-    for (int64_t a = 0; a < active.count(); ++a) {
-      const int64_t p = active.position[a];
-      gradient[a] = scale * pairs.weights[p] * std::exp(-distance[p]);
+    for (int64_t p = 0; p < pairs.count; ++p) {
+      gradient[p] = scale * pairs.weights[p] * std::exp(-distance[p]);
     }
   } else if (total != 0) {
-    shifted_overlaps(pairs, active, distance, gradient.data());
+    shifted_overlaps(pairs, distance, gradient);
     const T scale = -grad / sum(gradient);
     for (T& g : gradient) g *= scale;
   }
@@ -191,15 +212,15 @@ std::vector<T> overlap_gradient(double grad, Pairs<T> pairs, const ActivePairs<T
 template <class T>
 T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups groups,
               Pairs<T> pairs, double eps, bool log, T* distance) {
-  const ActivePairs<T> active(pairs, groups.count);
+  const ActivePairs<T> active(pairs, pairs.weights, groups.count);
   const int64_t rows = active.rows(), m = active.count();
-  const std::vector<Slice> slices = make_slices(layers, layer_count, rows);
+  const auto active_of = [&](int64_t) -> const ActivePairs<T>& { return active; };
+  const Slices slices(layers, layer_count, batch, active_of);
   std::vector<T> partial(slices.size() * m);
-  for_each_slice(slices, batch + 2 * m, [&](int64_t s) {
+  slices.for_each([&](int64_t s) {
     const Slice& slice = slices[s];
     const Layer<T>& layer = layers[slice.layer];
-    std::vector<T> moments(2 * rows * slice.width);
-    T *mean = moments.data(), *var = mean + rows * slice.width;
+    T *mean = scratch<T>(2 * rows * slice.width), *var = mean + rows * slice.width;
     with_input_type_of<T>(layer.type, [&](auto in) {
       slice_moments<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
                                   var);
@@ -210,13 +231,13 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
   });
 
   std::fill_n(distance, layer_count * pairs.count, T(0));
-  for (size_t s = 0; s < slices.size(); ++s) {
+  for (int64_t s = 0; s < slices.size(); ++s) {
     T* of_layer = distance + slices[s].layer * pairs.count;
     for (int64_t a = 0; a < m; ++a) of_layer[active.position[a]] += partial[s * m + a];
   }
   double value = 0;
   for (int64_t l = 0; l < layer_count; ++l) {
-    value += overlap(pairs, active, eps, log, distance + l * pairs.count);
+    value += overlap(pairs, eps, log, distance + l * pairs.count);
   }
   return value / layer_count;
 }
@@ -224,20 +245,21 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
 template <class T>
 void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, int64_t batch,
                           Groups groups, Pairs<T> pairs, double eps, bool log, const T* distance) {
-  const ActivePairs<T> active(pairs, groups.count);
-  const int64_t rows = active.rows(), m = active.count();
-  const std::vector<Slice> slices = make_slices(layers, layer_count, rows);
-  std::vector<std::vector<T>> grad_distance;
+  // Where the overlap, hence the gradient, of a pair is 0 there is nothing to compute.
+  std::vector<ActivePairs<T>> active_pairs;
   for (int64_t l = 0; l < layer_count; ++l) {
-    grad_distance.push_back(overlap_gradient(static_cast<double>(grad) / layer_count, pairs, active,
-                                             eps, log, distance + l * pairs.count));
+    const std::vector<T> gradient = overlap_gradient(static_cast<double>(grad) / layer_count, pairs,
+                                                     eps, log, distance + l * pairs.count);
+    active_pairs.emplace_back(pairs, gradient.data(), groups.count);
   }
-  for_each_slice(slices, 2 * batch + 4 * m, [&](int64_t s) {
+  const auto active_of = [&](int64_t l) -> const ActivePairs<T>& { return active_pairs[l]; };
+  const Slices slices(layers, layer_count, batch, active_of);
+  slices.for_each([&](int64_t s) {
     const Slice& slice = slices[s];
     const Layer<T>& layer = layers[slice.layer];
-    const int64_t size = rows * slice.width;
-    std::vector<T> temporaries(4 * size);
-    T *mean = temporaries.data(), *var = mean + size;
+    const ActivePairs<T>& active = active_pairs[slice.layer];
+    const int64_t rows = active.rows(), m = active.count(), size = rows * slice.width;
+    T *mean = scratch<T>(4 * size), *var = mean + size;
     T *grad_mean = var + size, *grad_var = grad_mean + size;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = active.group[r] * layer.dims + slice.begin;
@@ -245,8 +267,8 @@ void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, i
       std::copy_n(layer.var + at, slice.width, var + r * slice.width);
     }
     if (m > 0)
-      pair_distance_backward(grad_distance[slice.layer].data(), mean, var, active.index.data(), m,
-                             rows, slice.width, eps, grad_mean, grad_var);
+      pair_distance_backward(active.coefficient.data(), mean, var, active.index.data(), m, rows,
+                             slice.width, eps, grad_mean, grad_var);
     with_input_type_of<T>(layer.type, [&](auto in) {
       slice_gradient<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
                                    var, grad_mean, grad_var);
