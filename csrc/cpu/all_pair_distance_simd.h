@@ -145,7 +145,6 @@ template <bool Whole, class T>
 CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row,
                             int64_t begin, int count, T* out, Sums<T>& sums, RowCheck<T>& check) {
   constexpr int N = kLanes<T>;
-  const bool safe = scaling.safe[begin / kGroup];
   Vec<T> denominator = {};
   CWBR_UNROLL(8)
   for (int x = 0; x < count; ++x) {
@@ -158,9 +157,13 @@ CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int6
     check.low = smaller(var, check.low);
     check.zero += var - var;
     denominator = x == 0 ? twice : denominator * twice;
-    if (!safe) sums.multiply(twice);
   }
-  if (safe) sums.multiply(denominator);
+  if (scaling.safe[begin / kGroup]) {
+    sums.multiply(denominator);
+    return;
+  }
+  for (int64_t vector = begin; vector < begin + count; ++vector)
+    sums.multiply(load(out + 2 * N * vector + N) * T(2));
 }
 
 template <class T>
@@ -210,51 +213,37 @@ void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t
   }
 }
 
-// Adds the fractions of `count` vectors of dimensions to the sums of R x C pairs. Not inlined: in a
-// loop, the compiler would rather keep all addresses in registers than the fractions.
-template <int R, int C, class T>
-CWBR_INLINE void add_vectors(const T* i, int64_t stride_i, const T* j, int64_t stride_j, int count,
-                             Sums<T>* sums) {
+// Adds the fractions of `count` vectors of dimensions to the sums of kTileRows rows i with row j.
+template <class T>
+CWBR_INLINE void add_vectors(const T* i, int64_t stride, const T* j, int count, Sums<T>* sums) {
   constexpr int N = kLanes<T>;
-  Vec<T> numerator[R][C] = {}, denominator[R][C] = {};
+  Vec<T> numerator[kTileRows] = {}, denominator[kTileRows] = {};
   CWBR_UNROLL(8)
   for (int x = 0; x < count; ++x) {
-    Vec<T> mean_j[C], var_j[C];
+    const Vec<T> mean_j = load(j + 2 * N * x), w_j = load(j + 2 * N * x + N);
     CWBR_UNROLL(4)
-    for (int c = 0; c < C; ++c) {
-      mean_j[c] = load(j + c * stride_j + 2 * N * x);
-      var_j[c] = load(j + c * stride_j + 2 * N * x + N);
-    }
-    CWBR_UNROLL(4)
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> mean_i = load(i + r * stride_i + 2 * N * x);
-      const Vec<T> var_i = load(i + r * stride_i + 2 * N * x + N);
-      CWBR_UNROLL(4)
-      for (int c = 0; c < C; ++c) {
-        const Vec<T> difference = mean_i - mean_j[c], s = var_i + var_j[c];
-        const Vec<T> square = difference * difference;
-        numerator[r][c] = x == 0 ? square : fma(numerator[r][c], s, square * denominator[r][c]);
-        denominator[r][c] = x == 0 ? s : denominator[r][c] * s;
-      }
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec<T> difference = load(i + r * stride + 2 * N * x) - mean_j;
+      const Vec<T> s = load(i + r * stride + 2 * N * x + N) + w_j;
+      const Vec<T> square = difference * difference;
+      numerator[r] = x == 0 ? square : fma(numerator[r], s, square * denominator[r]);
+      denominator[r] = x == 0 ? s : denominator[r] * s;
     }
   }
   CWBR_UNROLL(4)
-  for (int r = 0; r < R; ++r) {
-    CWBR_UNROLL(4)
-    for (int c = 0; c < C; ++c) sums[r * kTile + c].add(numerator[r][c], denominator[r][c]);
-  }
+  for (int r = 0; r < kTileRows; ++r) sums[r * kTile].add(numerator[r], denominator[r]);
 }
 
-template <int R, int C, class T>
-CWBR_NOINLINE void add_group(const T* i, int64_t stride_i, const T* j, int64_t stride_j,
-                             Sums<T>* sums) {
-  add_vectors<R, C>(i, stride_i, j, stride_j, kGroup, sums);
+// A whole group, unrolled. Not inlined: in a loop, the compiler would rather keep all addresses in
+// registers than the fractions.
+template <class T>
+CWBR_NOINLINE void add_group(const T* i, int64_t stride, const T* j, Sums<T>* sums) {
+  add_vectors(i, stride, j, kGroup, sums);
 }
 
-template <int R, int C, class T>
-CWBR_NOINLINE void add_part(const T* i, int64_t stride_i, const T* j, int64_t stride_j, int count,
-                            Sums<T>* sums) {
-  add_vectors<R, C>(i, stride_i, j, stride_j, count, sums);
+template <class T>
+CWBR_NOINLINE void add_part(const T* i, int64_t stride, const T* j, int count, Sums<T>* sums) {
+  add_vectors(i, stride, j, count, sums);
 }
 
 // Whether every distance of the tile already exceeds `limit` after the groups up to a checkpoint:
@@ -273,41 +262,34 @@ bool tile_exceeds(const Sums<T>* sums, const T* self_i, const T* self_j, int64_t
   return true;
 }
 
+// Adds one group of vectors, from x on, to the sums of a tile.
 template <class T>
-void tile(const Panel<T>& panel_i, const Panel<T>& panel_j, const Scaling<T>& scaling,
-          int64_t rows_i, int64_t rows_j, bool upper, T limit, T* distance) {
-  constexpr int N = kLanes<T>, R = 2, C = 2;
-  const int64_t marks = checkpoints(scaling.vectors);
-  Sums<T> sums[kTile * kTile];
-  for (auto& pair : sums) pair = Sums<T>::zero();
-  for (int64_t x = 0; x < scaling.vectors; x += kGroup) {
-    const int64_t left = scaling.vectors - x;
-    const bool safe = scaling.safe[x / kGroup];
-    for (int64_t r = 0; r < rows_i; r += R)
-      for (int64_t c = upper ? r : 0; c < rows_j; c += C) {
-        const T* i = panel_i.values + r * panel_i.stride + 2 * N * x;
-        const T* j = panel_j.values + c * panel_j.stride + 2 * N * x;
-        Sums<T>* pairs = sums + r * kTile + c;
-        if (safe && left >= kGroup)
-          add_group<R, C>(i, panel_i.stride, j, panel_j.stride, pairs);
-        else if (safe)
-          add_part<R, C>(i, panel_i.stride, j, panel_j.stride, int(left), pairs);
-        else
-          for (int64_t y = 0; y < left && y < kGroup; ++y)
-            add_part<R, C>(i + 2 * N * y, panel_i.stride, j + 2 * N * y, panel_j.stride, 1, pairs);
-      }
-    const int64_t groups = x / kGroup + 1;
-    if (groups % kFlush == 0)
-      for (auto& pair : sums) pair.flush();
-    if (limit >= 0 && !upper && groups % kCheckpoint == 0 && left > kGroup) {
-      const int64_t mark = groups / kCheckpoint - 1;
-      if (tile_exceeds(sums, panel_i.checkpoints + mark, panel_j.checkpoints + mark, marks, rows_i,
-                       rows_j, limit)) {
-        for (int p = 0; p < kTile * kTile; ++p) distance[p] = std::numeric_limits<T>::infinity();
-        return;
-      }
+CWBR_INLINE void add_tile(const Panel<T>& panel_i, const Panel<T>& panel_j,
+                          const Scaling<T>& scaling, int64_t x, int64_t rows_i, int64_t rows_j,
+                          bool upper, Sums<T>* sums) {
+  constexpr int N = kLanes<T>;
+  const int64_t left = scaling.vectors - x;
+  const bool safe = scaling.safe[x / kGroup];
+  for (int64_t r = 0; r < rows_i; r += kTileRows)
+    for (int64_t c = upper ? r + 1 : 0; c < rows_j; ++c) {
+      const T* i = panel_i.values + r * panel_i.stride + 2 * N * x;
+      const T* j = panel_j.values + c * panel_j.stride + 2 * N * x;
+      Sums<T>* pairs = sums + r * kTile + c;
+      if (safe && left >= kGroup)
+        add_group(i, panel_i.stride, j, pairs);
+      else if (safe)
+        add_part(i, panel_i.stride, j, int(left), pairs);
+      else
+        for (int64_t y = 0; y < left && y < kGroup; ++y)
+          add_part(i + 2 * N * y, panel_i.stride, j + 2 * N * y, 1, pairs);
     }
-  }
+}
+
+// The distances that a tile's sums amount to.
+template <class T>
+CWBR_INLINE void finish_tile(const Sums<T>* sums, const Panel<T>& panel_i, const Panel<T>& panel_j,
+                             int64_t rows_i, int64_t rows_j, T* distance) {
+  constexpr int N = kLanes<T>;
   T self_exponent[kTile * kTile] = {}, self_log[kTile * kTile] = {};
   for (int64_t r = 0; r < rows_i; ++r)
     for (int64_t c = 0; c < rows_j; ++c) {
@@ -326,6 +308,29 @@ void tile(const Panel<T>& panel_i, const Panel<T>& panel_j, const Scaling<T>& sc
     const Vec<T> sum = fma(sum_each<T>(quadratics), broadcast(T(0.25)), log_term * T(0.5));
     store(distance + p, sum < T(0) ? Vec<T>{} : sum);
   }
+}
+
+template <class T>
+void tile(const Panel<T>& panel_i, const Panel<T>& panel_j, const Scaling<T>& scaling,
+          int64_t rows_i, int64_t rows_j, bool upper, T limit, T* distance) {
+  const int64_t marks = checkpoints(scaling.vectors);
+  Sums<T> sums[kTile * kTile];
+  for (auto& pair : sums) pair = Sums<T>::zero();
+  for (int64_t x = 0; x < scaling.vectors; x += kGroup) {
+    add_tile(panel_i, panel_j, scaling, x, rows_i, rows_j, upper, sums);
+    const int64_t groups = x / kGroup + 1;
+    if (groups % kFlush == 0)
+      for (auto& pair : sums) pair.flush();
+    if (limit >= 0 && !upper && groups % kCheckpoint == 0 && groups / kCheckpoint <= marks) {
+      const int64_t mark = groups / kCheckpoint - 1;
+      if (tile_exceeds(sums, panel_i.checkpoints + mark, panel_j.checkpoints + mark, marks, rows_i,
+                       rows_j, limit)) {
+        for (int p = 0; p < kTile * kTile; ++p) distance[p] = std::numeric_limits<T>::infinity();
+        return;
+      }
+    }
+  }
+  finish_tile(sums, panel_i, panel_j, rows_i, rows_j, distance);
 }
 
 // Sums over pairs, of one row and one vector of dimensions, each times the pair's gradient, with
@@ -385,50 +390,6 @@ CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
   for (int r = 0; r < kGradientRows; ++r) sums_i[r] = i[r];
 }
 
-// Reads one vector of dimensions of rows [first, first + count), padded with copies of the last to
-// a multiple of kGradientRows. Returns whether four sums of them can share a reciprocal.
-template <bool Whole, class T>
-bool load_moments(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
-                  int64_t vector, Vec<T>* moments) {
-  const Vec<T> mean_scale = load(scaling.mean + vector * kLanes<T>);
-  const Vec<T> var_scale = load(scaling.var + vector * kLanes<T>);
-  Vec<T> low = broadcast(T(1)), high = low;
-  const int64_t padded = (count + kGradientRows - 1) / kGradientRows * kGradientRows;
-  for (int64_t r = 0; r < padded; ++r) {
-    const int64_t row = first + (r < count ? r : count - 1);
-    moments[2 * r] = load_mean<Whole>(rows, row, vector) * mean_scale;
-    moments[2 * r + 1] = load_variance<Whole>(rows, row, vector) * var_scale;
-    low = smaller(moments[2 * r + 1], low);
-    high = larger(moments[2 * r + 1], high);
-  }
-  constexpr T bound = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-250);
-  return all((low > bound) & (high < 1 / bound));
-}
-
-// Adds the sums of rows [first, first + count) to the gradients:
-// dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4, scaled back.
-template <bool Whole, class T>
-void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
-                     int64_t vector, const Vec<T>* moments, const RowGradient<T>* sums,
-                     T* grad_mean, T* grad_var) {
-  const Vec<T> mean_scale = load(scaling.mean + vector * kLanes<T>) * T(-0.5);
-  const Vec<T> var_scale = load(scaling.var + vector * kLanes<T>) * T(-0.25);
-  const int64_t left = rows.d - vector * kLanes<T>;
-  for (int64_t r = 0; r < count; ++r) {
-    const Vec<T> by_mean = sums[r].t * mean_scale;
-    const Vec<T> by_var = fma(sums[r].z, reciprocal(moments[2 * r + 1]), sums[r].t2) * var_scale;
-    T* mean = grad_mean + (first + r) * rows.d + vector * kLanes<T>;
-    T* var = grad_var + (first + r) * rows.d + vector * kLanes<T>;
-    if (Whole || left >= kLanes<T>) {
-      store(mean, load(mean) + by_mean);
-      store(var, load(var) + by_var);
-    } else {
-      store_first(mean, left, load_first(mean, left, T(0)) + by_mean);
-      store_first(var, left, load_first(var, left, T(0)) + by_var);
-    }
-  }
-}
-
 template <class T>
 CWBR_INLINE bool any_nonzero(const GradientBlock<T>& block, int64_t i, int64_t first_j,
                              int64_t last_j) {
@@ -439,58 +400,123 @@ CWBR_INLINE bool any_nonzero(const GradientBlock<T>& block, int64_t i, int64_t f
   return any;
 }
 
-// Where the sums of a block are kept.
+// One side of a block: rows, and what is kept of each for up to kGradientVectors vectors of
+// dimensions at a time, since a row is best read from memory by several cache lines.
 template <class T>
-struct GradientWork {
-  Vec<T>*moments_i, *moments_j;  // of diagonal blocks, the same
-  RowGradient<T>*sums_i, *sums_j;
+struct GradientSide {
+  int64_t first, count, padded;
+  Vec<T>* moments;       // (vectors, padded, 2): mean and w, scaled
+  RowGradient<T>* sums;  // (vectors, padded)
 };
 
 template <bool Whole, class T>
-CWBR_INLINE void gradient_vector(const Rows<T>& rows, const Scaling<T>& scaling,
-                                 const GradientBlock<T>& block, int64_t vector,
-                                 const GradientWork<T>& work, T* grad_mean, T* grad_var) {
+CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
+                              const GradientSide<T>& side, int64_t vector, int vectors,
+                              bool* shared) {
+  Vec<T> low[kGradientVectors], high[kGradientVectors];
+  for (int v = 0; v < vectors; ++v) low[v] = high[v] = broadcast(T(1));
+  // Rows beyond the last, up to a multiple of kGradientRows, are copies of it.
+  for (int64_t r = 0; r < side.padded; ++r) {
+    const int64_t row = side.first + (r < side.count ? r : side.count - 1);
+    for (int v = 0; v < vectors; ++v) {
+      Vec<T>* moments = side.moments + 2 * (v * side.padded + r);
+      moments[0] =
+          load_mean<Whole>(rows, row, vector + v) * load(scaling.mean + (vector + v) * kLanes<T>);
+      moments[1] = load_variance<Whole>(rows, row, vector + v) *
+                   load(scaling.var + (vector + v) * kLanes<T>);
+      low[v] = smaller(moments[1], low[v]);
+      high[v] = larger(moments[1], high[v]);
+    }
+  }
+  // Whether the product of four sums of two variances keeps all its bits.
+  constexpr T bound = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-250);
+  for (int v = 0; v < vectors; ++v) shared[v] &= all((low[v] > bound) & (high[v] < 1 / bound));
+}
+
+// Adds the sums to the gradients: dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4, scaled back.
+template <bool Whole, class T>
+CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
+                                 const GradientSide<T>& side, int64_t vector, int vectors,
+                                 T* grad_mean, T* grad_var) {
+  for (int64_t r = 0; r < side.count; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t dim = (vector + v) * kLanes<T>, left = rows.d - dim;
+      const RowGradient<T>& sums = side.sums[v * side.padded + r];
+      const Vec<T> inverse = reciprocal(side.moments[2 * (v * side.padded + r) + 1]);
+      const Vec<T> by_mean = sums.t * load(scaling.mean + dim) * T(-0.5);
+      const Vec<T> by_var = fma(sums.z, inverse, sums.t2) * load(scaling.var + dim) * T(-0.25);
+      T* mean = grad_mean + (side.first + r) * rows.d + dim;
+      T* var = grad_var + (side.first + r) * rows.d + dim;
+      if (Whole || left >= kLanes<T>) {
+        store(mean, load(mean) + by_mean);
+        store(var, load(var) + by_var);
+      } else {
+        store_first(mean, left, load_first(mean, left, T(0)) + by_mean);
+        store_first(var, left, load_first(var, left, T(0)) + by_var);
+      }
+    }
+}
+
+// All pairs of a block, for vector v of those kept.
+template <class T>
+CWBR_INLINE void add_gradients(const GradientBlock<T>& block, const GradientSide<T>& side_i,
+                               const GradientSide<T>& side_j, int v, bool shared) {
   constexpr int64_t block_j = 64;  // rows j whose moments and sums stay in the first-level cache
-  const auto& [first_i, rows_i, first_j, rows_j] = block.rows;
-  const bool diagonal = first_i == first_j;
-  bool shared = load_moments<Whole>(rows, scaling, first_i, rows_i, vector, work.moments_i);
-  if (!diagonal)
-    shared &= load_moments<Whole>(rows, scaling, first_j, rows_j, vector, work.moments_j);
+  const bool diagonal = side_i.first == side_j.first;
+  const Vec<T>*moments_i = side_i.moments + 2 * v * side_i.padded,
+        *moments_j = side_j.moments + 2 * v * side_j.padded;
+  RowGradient<T>*sums_i = side_i.sums + v * side_i.padded,
+  *sums_j = side_j.sums + v * side_j.padded;
   const RowGradient<T> none = {Vec<T>{}, Vec<T>{}, Vec<T>{}};
-  for (int64_t r = 0; r < rows_i + kGradientRows - 1; ++r) work.sums_i[r] = none;
-  for (int64_t r = 0; r < rows_j; ++r) work.sums_j[r] = none;
-  for (int64_t j = 0; j < rows_j; j += block_j) {
-    const int64_t last_j = j + block_j < rows_j ? j + block_j : rows_j;
-    for (int64_t i = 0; i < rows_i && (!diagonal || i < last_j); i += kGradientRows) {
+  for (int64_t r = 0; r < side_i.padded; ++r) sums_i[r] = none;
+  for (int64_t r = 0; r < side_j.padded; ++r) sums_j[r] = none;
+  for (int64_t j = 0; j < side_j.count; j += block_j) {
+    const int64_t last_j = j + block_j < side_j.count ? j + block_j : side_j.count;
+    for (int64_t i = 0; i < side_i.count && (!diagonal || i < last_j); i += kGradientRows) {
       const int64_t from_j = diagonal && i > j ? i : j;
       if (!any_nonzero(block, i, from_j, last_j)) continue;
       const auto add = shared ? gradient_rows<true, T> : gradient_rows<false, T>;
-      add(work.moments_i + 2 * i, work.sums_i + i, work.moments_j, work.sums_j,
-          block.grad + i * rows_j, from_j, last_j);
+      add(moments_i + 2 * i, sums_i + i, moments_j, sums_j, block.grad + i * side_j.count, from_j,
+          last_j);
     }
   }
-  store_gradients<Whole>(rows, scaling, first_i, rows_i, vector, work.moments_i, work.sums_i,
-                         grad_mean, grad_var);
-  store_gradients<Whole>(rows, scaling, first_j, rows_j, vector, work.moments_j, work.sums_j,
-                         grad_mean, grad_var);
+}
+
+template <bool Whole, class T>
+CWBR_INLINE void gradient_vectors(const Rows<T>& rows, const Scaling<T>& scaling,
+                                  const GradientBlock<T>& block, const GradientSide<T>& side_i,
+                                  const GradientSide<T>& side_j, int64_t first, int vectors,
+                                  T* grad_mean, T* grad_var) {
+  bool shared[kGradientVectors] = {true, true, true, true};
+  load_moments<Whole>(rows, scaling, side_i, first, vectors, shared);
+  if (side_i.moments != side_j.moments)
+    load_moments<Whole>(rows, scaling, side_j, first, vectors, shared);
+  for (int v = 0; v < vectors; ++v) add_gradients(block, side_i, side_j, v, shared[v]);
+  store_gradients<Whole>(rows, scaling, side_i, first, vectors, grad_mean, grad_var);
+  store_gradients<Whole>(rows, scaling, side_j, first, vectors, grad_mean, grad_var);
 }
 
 template <class T>
 void gradient(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
               int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var) {
-  const int64_t padded = block.rows.count_i + kGradientRows - 1;
+  const auto& [first_i, count_i, first_j, count_j] = block.rows;
+  const int64_t padded_i = (count_i + kGradientRows - 1) / kGradientRows * kGradientRows;
+  const int64_t padded_j = (count_j + kGradientRows - 1) / kGradientRows * kGradientRows;
   auto* moments_i = reinterpret_cast<Vec<T>*>(work);
-  auto* sums_i = reinterpret_cast<RowGradient<T>*>(moments_i + 2 * padded);
-  auto* moments_j = reinterpret_cast<Vec<T>*>(sums_i + padded);
-  const int64_t padded_j = block.rows.count_j + kGradientRows - 1;
-  auto* sums_j = reinterpret_cast<RowGradient<T>*>(moments_j + 2 * padded_j);
-  const bool diagonal = block.rows.first_i == block.rows.first_j;
-  const GradientWork<T> parts = {moments_i, diagonal ? moments_i : moments_j, sums_i, sums_j};
-  for (int64_t vector = first; vector < last; ++vector)
-    if ((vector + 1) * kLanes<T> <= rows.d)
-      gradient_vector<true>(rows, scaling, block, vector, parts, grad_mean, grad_var);
+  auto* moments_j = moments_i + 2 * kGradientVectors * padded_i;
+  auto* sums_i = reinterpret_cast<RowGradient<T>*>(moments_j + 2 * kGradientVectors * padded_j);
+  auto* sums_j = sums_i + kGradientVectors * padded_i;
+  const GradientSide<T> side_i = {first_i, count_i, padded_i, moments_i, sums_i};
+  const GradientSide<T> side_j = {first_j, count_j, padded_j,
+                                  first_i == first_j ? moments_i : moments_j, sums_j};
+  for (int64_t x = first; x < last; x += kGradientVectors) {
+    const int vectors = int(x + kGradientVectors < last ? kGradientVectors : last - x);
+    if ((x + vectors) * kLanes<T> <= rows.d)
+      gradient_vectors<true>(rows, scaling, block, side_i, side_j, x, vectors, grad_mean, grad_var);
     else
-      gradient_vector<false>(rows, scaling, block, vector, parts, grad_mean, grad_var);
+      gradient_vectors<false>(rows, scaling, block, side_i, side_j, x, vectors, grad_mean,
+                              grad_var);
+  }
 }
 
 }  // namespace cwbr::CWBR_ISA

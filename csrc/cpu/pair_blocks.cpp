@@ -19,8 +19,13 @@ int64_t grain(int64_t work_per_index) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_index));
 }
 
-// An odd number of vector pairs, so that rows do not all start in the same cache set.
-int64_t panel_stride(int64_t vectors, int64_t lanes) { return (vectors | 1) * 2 * lanes; }
+// Rows start kGroup vectors of means and variances apart in the sets of a first-level cache, so
+// that one group of a tile's rows spreads evenly over it.
+int64_t panel_stride(int64_t vectors, int64_t lanes) {
+  constexpr int64_t period = 4 * kGroup;
+  const int64_t padded = round_up(std::max<int64_t>(vectors - kGroup, 0), period) + kGroup;
+  return padded * 2 * lanes;
+}
 
 int64_t rows_per_block(int64_t k, int64_t row_bytes) {
   const int64_t most =
@@ -84,10 +89,9 @@ void PairBlocks<T>::pack(int64_t slot, int64_t block) {
     panels_[slot] = {at, after, after + rows_per_block_, after + 2 * rows_per_block_, stride};
   }
   const Panel<T>& panel = panels_[slot];
-  // An even number of rows, since tiles are computed by pairs of rows.
-  const int64_t count = round_up(rows(block), 2);
+  const int64_t count = round_up(rows(block), kTileRows);
   // Rows are packed by vectors of rows.
-  const int64_t batch = std::max(kernels_.lanes, 2), batches = (count + batch - 1) / batch;
+  const int64_t batch = std::max(kernels_.lanes, kTileRows), batches = (count + batch - 1) / batch;
   parallel_for(0, batches, grain(batch * vectors_), [&](int64_t begin, int64_t end) {
     const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
     const Panel<T> part = {panel.values + row * stride, panel.exponent + row, panel.log + row,
@@ -145,14 +149,14 @@ void PairBlocks<T>::add_gradient(const BlockGradient<T>& gradient, T* grad_mean,
                                  T* grad_var) const {
   const GradientBlock<T>& block = gradient.block();
   const BlockRows& rows = block.rows;
-  const int64_t work_rows = rows.count_i + rows.count_j + 2 * kGradientRows;
+  const int64_t work_rows =
+      round_up(rows.count_i, kGradientRows) + round_up(rows.count_j, kGradientRows);
   const int64_t pairs = rows.count_i * rows.count_j / (rows.first_i == rows.first_j ? 2 : 1);
-  // Threads share out the dimensions, so that every sum over pairs has one order. Two vectors at a
-  // time, since rows are read from memory by pairs of cache lines.
-  constexpr int64_t unit = 2;
+  // Threads share out the dimensions, so that every sum over pairs has one order.
+  const int64_t unit = std::clamp<int64_t>(vectors_ / num_threads(), 1, kGradientVectors);
   parallel_for(0, (vectors_ + unit - 1) / unit, grain(unit * 2 * pairs),
                [&](int64_t begin, int64_t end) {
-                 const Buffer<T> work(work_rows * 5 * kernels_.lanes);
+                 const Buffer<T> work(work_rows * 5 * kGradientVectors * kernels_.lanes);
                  kernels_.gradient(rows_, scaling_, block, begin * unit,
                                    std::min(vectors_, end * unit), work.get(), grad_mean, grad_var);
                });

@@ -114,54 +114,67 @@ void pair_distance(const Rows<T>& rows, const int64_t* pairs, int64_t first, int
   }
 }
 
-// The gradients of `vectors` vectors of dimensions from `first` on, `d` numbers in all.
+// One vector of dimensions of one row, and the sums over its pairs.
+template <class T>
+struct RowVector {
+  Vec<T> mean, w, inverse;  // inverse = 1 / w
+  Vec<T> by_mean, by_var;
+};
+
 template <bool Whole, class T>
-CWBR_INLINE void pair_gradients(const Rows<T>& rows, const T* grad, const int64_t* pairs, int64_t m,
-                                int64_t first, int64_t d, T* inverse, T* grad_mean, T* grad_var) {
-  constexpr int N = kLanes<T>;
-  const int64_t vectors = (d + N - 1) / N;
-  const auto add = [&](T* row, int64_t v, Vec<T> term) CWBR_LAMBDA_INLINE {
-    const int64_t left = d - v * N;
-    if (Whole || left >= N)
-      store(row + v * N, load(row + v * N) + term);
-    else
-      store_first(row + v * N, left, load_first(row + v * N, left, T(0)) + term);
-  };
-  for (int64_t row = 0; row < rows.k; ++row) {
-    const T* var = rows.var + row * rows.d + first;
-    std::memset(grad_mean + row * rows.d + first, 0, d * sizeof(T));
-    std::memset(grad_var + row * rows.d + first, 0, d * sizeof(T));
+CWBR_INLINE void load_rows(const Rows<T>& rows, const int64_t* used, int64_t n, int64_t first,
+                           int64_t count, int64_t vectors, RowVector<T>* work) {
+  for (int64_t r = 0; r < n; ++r)
     for (int64_t v = 0; v < vectors; ++v) {
-      const Vec<T> w = load_vector<Whole>(var, v, d, T(1)) + rows.eps;
-      store(inverse + (row * vectors + v) * N, reciprocal(w));
+      const int64_t at = used[r] * rows.d + first;
+      const Vec<T> w = load_vector<Whole>(rows.var + at, v, count, T(1)) + rows.eps;
+      const Vec<T> mean = load_vector<Whole>(rows.mean + at, v, count, T(0));
+      work[r * vectors + v] = {mean, w, reciprocal(w), Vec<T>{}, Vec<T>{}};
     }
-  }
-  for (int64_t p = 0; p < m; ++p) {
-    const int64_t i = pairs[2 * p] * rows.d + first, j = pairs[2 * p + 1] * rows.d + first;
-    const T* inverse_i = inverse + pairs[2 * p] * vectors * N;
-    const T* inverse_j = inverse + pairs[2 * p + 1] * vectors * N;
-    const Vec<T> half = broadcast(grad[p] / 2), quarter = broadcast(grad[p] / 4);
+}
+
+template <bool Whole, class T>
+CWBR_INLINE void store_rows(const Rows<T>& rows, const int64_t* used, int64_t n, int64_t first,
+                            int64_t count, int64_t vectors, const RowVector<T>* work, T* grad_mean,
+                            T* grad_var) {
+  for (int64_t r = 0; r < n; ++r)
     for (int64_t v = 0; v < vectors; ++v) {
-      const Vec<T> w_i = load_vector<Whole>(rows.var + i, v, d, T(1)) + rows.eps;
-      const Vec<T> w_j = load_vector<Whole>(rows.var + j, v, d, T(1)) + rows.eps;
-      const Vec<T> r = reciprocal(w_i + w_j), z = (w_i - w_j) * r;
-      const Vec<T> mean_i = load_vector<Whole>(rows.mean + i, v, d, T(0));
-      const Vec<T> mean_j = load_vector<Whole>(rows.mean + j, v, d, T(0));
-      const Vec<T> t = (mean_i - mean_j) * r, t2 = t * t, by_mean = half * t;
-      add(grad_mean + i, v, by_mean);
-      add(grad_mean + j, v, -by_mean);
-      add(grad_var + i, v, quarter * fma(z, load(inverse_i + v * N), -t2));
-      add(grad_var + j, v, quarter * fnma(z, load(inverse_j + v * N), -t2));
+      const int64_t at = used[r] * rows.d + first + v * kLanes<T>, left = count - v * kLanes<T>;
+      const Vec<T> by_mean = work[r * vectors + v].by_mean * T(0.5);
+      const Vec<T> by_var = work[r * vectors + v].by_var * T(0.25);
+      if (Whole || left >= kLanes<T>) {
+        store(grad_mean + at, by_mean);
+        store(grad_var + at, by_var);
+      } else {
+        store_first(grad_mean + at, left, by_mean);
+        store_first(grad_var + at, left, by_var);
+      }
     }
-  }
 }
 
 template <class T>
 void pair_distance_backward(const Rows<T>& rows, const T* grad, const int64_t* pairs, int64_t m,
-                            int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var) {
-  const auto gradients =
-      (last - first) % kLanes<T> == 0 ? pair_gradients<true, T> : pair_gradients<false, T>;
-  gradients(rows, grad, pairs, m, first, last - first, work, grad_mean, grad_var);
+                            const int64_t* used, int64_t n, int64_t first, int64_t count, T* work,
+                            T* grad_mean, T* grad_var) {
+  const int64_t vectors = (count + kLanes<T> - 1) / kLanes<T>;
+  const bool whole = count % kLanes<T> == 0;
+  auto* kept = reinterpret_cast<RowVector<T>*>(work);
+  const auto load_all = whole ? load_rows<true, T> : load_rows<false, T>;
+  load_all(rows, used, n, first, count, vectors, kept);
+  for (int64_t p = 0; p < m; ++p) {
+    RowVector<T>*i = kept + pairs[2 * p] * vectors, *j = kept + pairs[2 * p + 1] * vectors;
+    const Vec<T> g = broadcast(grad[p]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec<T> r = reciprocal(i[v].w + j[v].w);
+      const Vec<T> t = (i[v].mean - j[v].mean) * r, z = (i[v].w - j[v].w) * r, t2 = t * t;
+      i[v].by_mean = fma(g, t, i[v].by_mean);
+      j[v].by_mean = fnma(g, t, j[v].by_mean);
+      i[v].by_var = fma(g, fma(z, i[v].inverse, -t2), i[v].by_var);
+      j[v].by_var = fnma(g, fma(z, j[v].inverse, t2), j[v].by_var);
+    }
+  }
+  const auto store_all = whole ? store_rows<true, T> : store_rows<false, T>;
+  store_all(rows, used, n, first, count, vectors, kept, grad_mean, grad_var);
 }
 
 }  // namespace cwbr::CWBR_ISA

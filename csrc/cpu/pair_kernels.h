@@ -10,8 +10,12 @@ namespace cwbr {
 constexpr int kGroup = 8;
 // Distances come in tiles of this many rows by this many rows.
 constexpr int kTile = 8;
+// Tiles take this many rows i at once; panels are padded to a multiple of it.
+constexpr int kTileRows = 4;
 // Gradients take this many rows i at once against each row j.
 constexpr int kGradientRows = 4;
+// Gradients read this many vectors of a row at once.
+constexpr int kGradientVectors = 4;
 
 template <class T>
 struct Rows {
@@ -79,8 +83,8 @@ struct PairKernels {
   void (*tile)(const Panel<T>& i, const Panel<T>& j, const Scaling<T>& scaling, int64_t rows_i,
                int64_t rows_j, bool upper, T limit, T* distance);
 
-  // Adds the block's gradients for vectors [first, last). `work` holds 5 vectors per row,
-  // of either side, and for kGradientRows more on each.
+  // Adds the block's gradients for vectors [first, last). `work` holds 5 kGradientVectors vectors
+  // for each row of either side, their numbers rounded up to kGradientRows.
   void (*gradient)(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
                    int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var);
 
@@ -89,11 +93,12 @@ struct PairKernels {
   void (*pair_distance)(const Rows<T>& rows, const int64_t* pairs, int64_t first, int64_t last,
                         T var_scale, T* distance);
 
-  // Writes the gradients of all rows for dimensions [first, last), first a multiple of lanes.
-  // `work` holds last - first numbers, rounded up to lanes, per row.
+  // Writes the gradients of the rows that pairs name, for `count` dimensions from `first` on, a
+  // multiple of lanes. `pairs` names them by their position in `used` (n,). `work` holds 5 numbers
+  // for each row used and each dimension, rounded up to lanes.
   void (*pair_distance_backward)(const Rows<T>& rows, const T* grad, const int64_t* pairs,
-                                 int64_t m, int64_t first, int64_t last, T* work, T* grad_mean,
-                                 T* grad_var);
+                                 int64_t m, const int64_t* used, int64_t n, int64_t first,
+                                 int64_t count, T* work, T* grad_mean, T* grad_var);
 };
 
 // The table for the instruction set that isa_name() names.
