@@ -22,7 +22,8 @@ def group_moments(z, stride, dims, order, start, end, d, ACC: tl.constexpr, ROWS
     group's first sample, so that a mean far from 0 costs no digits.
     """
     first_sample = tl.load(order + start, mask=start < end, other=0)
-    origin = tl.load(z + first_sample * stride + d, mask=d < dims, other=0).to(ACC)
+    readable = tl.where(start < end, dims, 0)  # An empty group may belong to an empty batch.
+    origin = tl.load(z + first_sample * stride + d, mask=d < readable, other=0).to(ACC)
     mean = tl.zeros(d.shape, ACC)
     squares = tl.zeros(d.shape, ACC)
     for first in range(start, end, ROWS):
