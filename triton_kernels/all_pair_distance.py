@@ -24,6 +24,7 @@ from .common import approximate, fast_log2, fast_reciprocal, launch, scratch
 
 GROUP = tl.constexpr(8)
 PACK = 32
+TILE = 32
 
 
 @triton.jit
@@ -191,6 +192,17 @@ def _distance_kernel(
 
 
 @triton.jit
+def _symmetric_backward_kernel(grad, groups, out, TILE: tl.constexpr):
+    """Program (tile of rows, tile of columns): grad + grad^T with a zero diagonal."""
+    i = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
+    j = (tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
+    inside = (i < groups) & (j < groups)
+    here = tl.load(grad + i * groups + j, mask=inside, other=0)
+    there = tl.load(grad + j * groups + i, mask=inside, other=0)
+    tl.store(out + i * groups + j, tl.where(i == j, 0, here + there), mask=inside)
+
+
+@triton.jit
 def _rows_backward_kernel(
     grad,
     mean,
@@ -206,7 +218,7 @@ def _rows_backward_kernel(
 ):
     """Program (block of rows i, block of dimensions): sums over all j, in order.
 
-    With G = grad[i, j] + grad[j, i], r = 1/(u_i + u_j), delta = mean_i - mean_j:
+    With G = grad[i, j], symmetric, r = 1/(u_i + u_j) and delta = mean_i - mean_j:
     by mean: sum G r delta / 2; by var: (sum G r (u_i - u_j) / u_i - sum G (r delta)^2) / 4.
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -218,13 +230,12 @@ def _rows_backward_kernel(
     by_mean = tl.zeros([ROWS, BLOCK], mean_i.dtype)
     by_excess = tl.zeros([ROWS, BLOCK], mean_i.dtype)
     by_square = tl.zeros([ROWS, BLOCK], mean_i.dtype)
+    # Lanes beyond the last row or dimension read nothing and are not stored: any value will do.
     for j in range(groups):
-        g = tl.load(grad + i * groups + j, mask=i < groups, other=0)
-        g += tl.load(grad + tl.cast(j, tl.int64) * groups + i, mask=i < groups, other=0)
-        g = tl.where(i == j, 0, g)[:, None]
+        g = tl.load(grad + tl.cast(j, tl.int64) * groups + i, mask=i < groups)[:, None]
         row = tl.cast(j, tl.int64) * dims + d
-        u_j = (tl.load(var + row, mask=d < dims, other=1) + EPS)[None, :]
-        delta = mean_i - tl.load(mean + row, mask=d < dims, other=0)[None, :]
+        u_j = (tl.load(var + row, mask=d < dims) + EPS)[None, :]
+        delta = mean_i - tl.load(mean + row, mask=d < dims)[None, :]
         r = fast_reciprocal(u_i + u_j, APPROXIMATE)
         g_r = g * r
         moved = g_r * delta
@@ -314,11 +325,11 @@ def launch_partial(mean: Tensor, var: Tensor, eps: float) -> Partial:
 def launch_rows_backward(
     grad: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (K, D) for grad (K, K), of which grad + grad^T without the diagonal counts."""
-    grad, mean, var = grad.contiguous(), mean.contiguous(), var.contiguous()
+    """Gradients (K, D) for the gradient (K, K) of each pair, symmetric with a zero diagonal."""
+    mean, var = mean.contiguous(), var.contiguous()
     groups, dims = mean.shape
     grad_mean, grad_var = scratch(mean, groups, dims), scratch(mean, groups, dims)
-    options = tuning.all_pairs_backward(groups)
+    options = tuning.all_pairs_backward()
     launch(
         _rows_backward_kernel,
         (triton.cdiv(groups, options["ROWS"]), triton.cdiv(dims, options["BLOCK"])),
@@ -360,4 +371,10 @@ def all_pair_distance_backward(
     grad: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for grad (K, K)."""
-    return launch_rows_backward(grad, mean, var, eps)
+    groups = mean.shape[0]
+    symmetric = scratch(mean, groups, groups)
+    tiles = triton.cdiv(groups, TILE)
+    launch(
+        _symmetric_backward_kernel, (tiles, tiles), grad.contiguous(), groups, symmetric, TILE=TILE
+    )
+    return launch_rows_backward(symmetric, mean, var, eps)

@@ -72,8 +72,6 @@ def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, in
     return slice_dims, max(1, min(parts, triton.cdiv(dims, slice_dims)))
 
 
-def all_pairs_backward(groups: int) -> Options:
-    """A thread holds 4 rows x 4 dimensions."""
-    if groups <= 256:
-        return {"ROWS": 4, "BLOCK": 128, "num_warps": 1}
-    return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
+def all_pairs_backward() -> Options:
+    """A thread holds 4 rows x 4 dimensions; a single warp needs no exchange to share a row."""
+    return {"ROWS": 4, "BLOCK": 128, "num_warps": 1}

@@ -126,7 +126,7 @@ def _pair_gradient_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row tile, column tile): half of dL/dD at (i, j) and half at (j, i)."""
+    """Program (row tile, column tile): dL/dD at (i, j) and at (j, i)."""
     if not tile_is_needed(groups, ROWS, COLUMNS):
         return
     sums = tl.zeros([BLOCK], totals.dtype.element_ty)
@@ -140,7 +140,7 @@ def _pair_gradient_kernel(
         share = weight * tl.exp(-distance - tl.load(value)) / tl.where(total == 0, 1, total)
     else:
         share = weight * tl.exp(-distance) / tl.where(total < EPS, EPS, total)
-    store_symmetric(grad_distance, groups, -tl.load(grad) * share / 2, ROWS, COLUMNS)
+    store_symmetric(grad_distance, groups, -tl.load(grad) * share, ROWS, COLUMNS)
 
 
 def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
