@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test lint format train clean
+.PHONY: install test lint format train bench bench-quick bench-compare plots clean
 
 install: $(READY)
 
@@ -32,6 +32,20 @@ format: $(READY)
 
 train: $(READY)
 	$(PY) examples/train_fgvc.py --compare ce plain --out runs/glyphs
+
+# Resumes where an earlier run ended. Wants a quiet machine.
+bench: $(READY)
+	$(PY) -m benchmarks.run
+
+bench-quick: $(READY)
+	$(PY) -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-sort=median
+
+bench-compare: $(READY)
+	$(PY) -m benchmarks.compare --base $(BASE)
+
+plots: $(READY)
+	$(PY) -m benchmarks.plots
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info cwbr_fused/_C*.so

@@ -121,10 +121,12 @@ class Worker:
     """A process with one build, which times the workloads it is told to."""
 
     def __init__(self, site: Path) -> None:
+        self.site = site
         # The build comes first, so that this checkout gives the workloads and not the package.
         paths = os.pathsep.join([str(site), str(ROOT)])
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "benchmarks.compare", "--worker", str(site)],
+            [sys.executable, "-m", "benchmarks.compare", "--worker", str(site)],
+            cwd=site,
             env=os.environ | {"PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,7 +139,7 @@ class Worker:
         print(workload, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the worker on {self.process.args} ended early")
+            raise RuntimeError(f"the worker on {self.site} ended early")
         return float(json.loads(answer))
 
     def close(self) -> None:

@@ -111,12 +111,12 @@ def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     if device != "cpu":
         torch.accelerator.empty_cache()
         synchronize(device)
-        before = torch.accelerator.memory_allocated()
+        allocated: int = torch.accelerator.memory_allocated()
         torch.accelerator.reset_peak_memory_stats()
         call()
         synchronize(device)
-        extra: int = torch.accelerator.max_memory_allocated() - before
-        return extra
+        peak: int = torch.accelerator.max_memory_allocated()
+        return peak - allocated
     if sys.platform != "linux":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
@@ -171,7 +171,8 @@ class CallCounter(TorchDispatchMode):
 
 def count_calls(call: Callable[[], object]) -> int:
     """Dispatcher calls that one call makes, views and allocations included."""
-    with CallCounter() as counter:
+    counter = CallCounter()
+    with counter:
         call()
     return counter.calls
 

@@ -1,0 +1,138 @@
+"""`make plots`: the README's figure and table, and a full report, from the CSV alone.
+
+python -m benchmarks.plots [--results FILE] [--readme FILE] [--figure FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.measure import ROOT
+from benchmarks.providers import PLAIN
+from benchmarks.results import FOLDER, Results
+from benchmarks.tables import Numbers, readme_table, report
+from benchmarks.workloads import SWEEP, SWEEP_DIMS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+MARKERS = "<!-- table:start -->", "<!-- table:end -->"
+LABELS = {
+    PLAIN: "plain PyTorch",
+    "plain compiled": "torch.compile",
+    "chunked": "row chunks",
+    "chunked checkpoint": "chunks + checkpoint",
+}
+COLORS = ("#8c8c8c", "#b07aa1", "#c49a3c", "#5b9aa0")
+OWN_COLOR = "#d1383a"
+
+
+def spread_labels(heights: list[float], distance: float) -> list[float]:
+    """The nearest positions to `heights` in their order that are `distance` apart."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for below, above in pairwise(order):
+        placed[above] = max(placed[above], placed[below] + distance)
+    return placed
+
+
+def draw(axes: Axes, numbers: Numbers, metric: str, unit: str) -> None:
+    """Cost over K, one line per provider, named at its end; a cross where memory would run out."""
+    ends: list[tuple[float, float, str, str]] = []
+    own = numbers.own()
+    styles = [*zip(LABELS, LABELS.values(), COLORS, strict=True), (own, "cwbr_fused", OWN_COLOR)]
+    for provider, label, color in styles:
+        rows = [
+            (w.groups, numbers.get(w.name, provider, "step", metric))
+            for w in SWEEP
+            if w.dims[0] == SWEEP_DIMS[0]
+        ]
+        points = [(k, row.median) for k, row in rows if row and row.median]
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        mine = provider == own
+        axes.plot(x, y, color=color, lw=3 if mine else 2, marker="o", ms=5, zorder=2 + mine)
+        out = any(row and row.note.startswith("out of memory") for _, row in rows)
+        if out:
+            axes.plot(x[-1], y[-1], marker="X", ms=11, color=color, zorder=4)
+        ends.append((x[-1], y[-1], label, color))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(right=axes.get_xlim()[1] * 12)
+    axes.set_xticks([64, 200, 500, 1000, 2000, 5000], ["64", "200", "500", "1k", "2k", "5k"])
+    axes.minorticks_off()
+    axes.set_xlabel("classes K")
+    axes.set_title(unit, loc="left", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ends(axes, ends)
+
+
+def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [to_axes.transform((x, y)) for x, y, _, _ in ends]
+    heights = spread_labels([float(y) for _, y in places], 0.075)
+    for (_, _, label, color), (x, _), height in zip(ends, places, heights, strict=True):
+        bold = "bold" if color == OWN_COLOR else "normal"
+        axes.text(
+            x + 0.03,
+            height,
+            label,
+            transform=axes.transAxes,
+            color=color,
+            va="center",
+            fontsize=11,
+            fontweight=bold,
+        )
+
+
+def figure(numbers: Numbers, path: Path) -> None:
+    """Time and memory side by side, 1600 x 720 pixels, to be shown at half that."""
+    plt.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans"})
+    drawing, panels = plt.subplots(1, 2, figsize=(8, 3.6), dpi=200, layout="constrained")
+    draw(panels[0], numbers, "time_ms", "time, ms")
+    draw(panels[1], numbers, "peak_extra_mb", "peak extra memory, MB")
+    drawing.suptitle(
+        f"All pairs of K classes, D = {SWEEP_DIMS[0]}, forward + backward, one thread"
+        "   (✖ next size: out of memory)",
+        fontsize=10,
+        color="#444444",
+    )
+    drawing.savefig(path)
+    plt.close(drawing)
+
+
+def insert_table(readme: str, table: str) -> str:
+    """`readme` with `table` between the markers.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    start, end = map(re.escape, MARKERS)
+    pattern = re.compile(f"({start}\n).*?({end})", re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise ValueError(f"expected {MARKERS} once in the README")
+    return pattern.sub(lambda m: m[1] + table + m[2], readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=FOLDER / "cpu.csv")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--figure", type=Path, default=FOLDER / "cpu.png")
+    arguments = parser.parse_args()
+    numbers = Numbers(Results(arguments.results, "").rows.values())
+    figure(numbers, arguments.figure)
+    arguments.results.with_suffix(".md").write_text(report(numbers))
+    text = arguments.readme.read_text()
+    arguments.readme.write_text(insert_table(text, readme_table(numbers)))
+
+
+if __name__ == "__main__":
+    main()

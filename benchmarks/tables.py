@@ -1,0 +1,237 @@
+"""Markdown tables of the results: the README's short one, and a report of everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks import operations, resnet
+from benchmarks.providers import PLAIN
+from benchmarks.results import Row
+from benchmarks.workloads import REALISTIC, SWEEP, Workload
+
+PEERS = (PLAIN, "plain compiled", "chunked", "chunked checkpoint", "gathered", "gathered compiled")
+
+
+class Numbers:
+    """The rows of one device, to be asked for."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self._by_key = {(r.workload, r.provider, r.mode, r.metric, r.threads): r for r in self.rows}
+
+    def get(
+        self, workload: str, provider: str, mode: str, metric: str, threads: int = 1
+    ) -> Row | None:
+        return self._by_key.get((workload, provider, mode, metric, threads))
+
+    def median(
+        self, workload: str, provider: str, mode: str, metric: str, threads: int = 1
+    ) -> float | None:
+        row = self.get(workload, provider, mode, metric, threads)
+        return row.median if row else None
+
+    def own(self) -> str:
+        """This package's fastest provider on the device."""
+        measured = {r.provider for r in self.rows if r.median is not None}
+        names = ("cwbr cuda", "cwbr cpu", "cwbr triton", "cwbr reference")
+        return next(name for name in names if name in measured)
+
+    def provenance(self) -> str:
+        """Device, torch and commits of the numbers, as one line."""
+
+        def values(field: Callable[[Row], str]) -> str:
+            return ", ".join(sorted({field(row) for row in self.rows}))
+
+        device, version = values(lambda r: r.device), values(lambda r: r.torch)
+        return f"{device}; torch {version}; commit {values(lambda r: r.commit)}"
+
+
+def quantity(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Three significant digits in the largest unit that fits."""
+    size, unit = next((u for u in units if value >= u[0]), units[-1])
+    scaled = value / size
+    digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled > 0 else 0
+    return f"{scaled:.{digits}f} {unit}"
+
+
+def cell(row: Row | None) -> str:
+    """A number with its unit; why there is none; nothing where it was not asked for."""
+    if row is None:
+        return ""
+    if row.median is None:
+        reason = row.note.split(":")[0]
+        return reason.removesuffix(" by prediction")
+    if row.metric == "time_ms":
+        return quantity(row.median, ((1000, "s"), (1, "ms")))
+    if row.metric == "peak_extra_mb":
+        return quantity(row.median, ((1000, "GB"), (1, "MB")))
+    return f"{row.median:.4g}"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def sizes(workload: Workload) -> str:
+    dims = (
+        "+".join(map(str, workload.dims))
+        if len(set(workload.dims)) > 1
+        else (f"{len(workload.dims)}x{workload.dims[0]}")
+    )
+    pairs = "all pairs" if workload.top_m is None else f"top {workload.top_m}"
+    if workload.kind == "bank":
+        return f"{workload.groups} x {workload.classes:,}, D={dims}, {pairs} per row"
+    return f"B={workload.batch}, C={workload.classes:,}, D={dims}, {pairs}"
+
+
+def readme_table(numbers: Numbers) -> str:
+    """Forward and backward of the realistic workloads, and of one all-pairs problem."""
+    own = numbers.own()
+    columns = (PLAIN, "plain compiled", "gathered compiled", own)
+    header = ["one training step's regularizer", *columns, "peak extra memory: plain", own]
+    lines = []
+    for workload in (*REALISTIC, SWEEP[3]):
+        times = [cell(numbers.get(workload.name, p, "step", "time_ms")) for p in columns]
+        memory = [
+            cell(numbers.get(workload.name, p, "step", "peak_extra_mb")) for p in (PLAIN, own)
+        ]
+        if workload.kind == "pairs":
+            label = f"all pairs of K={workload.groups}, D={workload.dims[0]}"
+        else:
+            label = f"{workload.name}: {sizes(workload)}"
+        lines.append([label, *times, *memory])
+    return (
+        table(header, lines)
+        + "\nForward + backward on one thread, medians of interleaved runs; out of memory: over"
+        + f" 8 GB by prediction. {numbers.provenance()}.\n"
+    )
+
+
+def _comparison(numbers: Numbers, workloads: Iterable[Workload], mode: str, threads: int) -> str:
+    own = numbers.own()
+    header = ["workload", *PEERS, "cwbr reference", own, "plain ÷ it"]
+    lines = []
+    for workload in workloads:
+        names = (*PEERS, "cwbr reference", own)
+        rows = [numbers.get(workload.name, p, mode, "time_ms", threads) for p in names]
+        mine = rows[-1]
+        ratio = f"{1 / mine.ratio_to_plain:.3g}" if mine and mine.ratio_to_plain else ""
+        lines.append([workload.name, *map(cell, rows), ratio])
+    return table(header, lines)
+
+
+def _by_step_metric(numbers: Numbers, workloads: Iterable[Workload], metric: str) -> str:
+    names = (*PEERS, "cwbr reference", numbers.own())
+    return table(
+        ["workload", *names],
+        [
+            [w.name, *(cell(numbers.get(w.name, p, "step", metric)) for p in names)]
+            for w in workloads
+        ],
+    )
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The least-squares slope of log cost over log size: cost ~ size^exponent."""
+    x, y = [math.log(s) for s in sizes], [math.log(c) for c in costs]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mean_x) ** 2 for a in x)
+
+
+def growth(numbers: Numbers) -> str:
+    """Fitted exponents of time and memory beside the largest that theory allows."""
+    own, lines = numbers.own(), []
+    for name, operation in operations.OPERATIONS.items():
+        for size, values in operation.varied.items():
+            cases = [operations.case_name(name, operation.base | {size: v}) for v in values]
+            for mode, metric, theory in (
+                ("forward", "time_ms", operation.time_theory[size]),
+                ("backward", "time_ms", operation.time_theory[size]),
+                ("step", "peak_extra_mb", operation.memory_theory[size]),
+            ):
+                costs = [numbers.median(case, own, mode, metric) for case in cases]
+                known = [c for c in costs if c is not None and c > 0]
+                if len(known) < len(values):
+                    continue
+                what = "memory" if metric == "peak_extra_mb" else f"time, {mode}"
+                span = f"{values[0]} … {values[-1]}"
+                lines.append(
+                    [name, what, size, span, f"{exponent(values, known):.2f}", str(theory)]
+                )
+    return table(["operation", "cost", "in", "range", "exponent", "theory, at most"], lines)
+
+
+def roofline(numbers: Numbers, threads: int) -> str:
+    own, lines = numbers.own(), []
+    for name, operation in operations.OPERATIONS.items():
+        case = operations.case_name(name, operation.base)
+        for mode in ("forward", "backward"):
+            values = [
+                numbers.median(case, own, mode, metric, threads)
+                for metric in ("fma_slots_per_vector", "fraction_of_peak", "fraction_of_bandwidth")
+            ]
+            if any(value is not None for value in values):
+                slots, of_peak, of_bandwidth = values
+                shown = [
+                    "" if slots is None else f"{slots:.1f}",
+                    "" if of_peak is None else f"{100 * of_peak:.0f} %",
+                    "" if of_bandwidth is None else f"{100 * of_bandwidth:.0f} %",
+                ]
+                lines.append([case, mode, *shown])
+    header = ["kernel", "mode", "FMA slots per vector of pair·dims", "of peak", "of bandwidth"]
+    return table(header, lines)
+
+
+def machine(numbers: Numbers, threads: int) -> str:
+    def get(metric: str) -> str:
+        value = numbers.median("machine", "measured", "machine", metric, threads)
+        return "?" if value is None else f"{value:.3g}"
+
+    return (
+        f"Measured peak: {get('vector_gfma_per_s')} G FMA/s of {get('float_lanes')} floats, "
+        f"triad of 1 GB: {get('triad_gb_per_s')} GB/s.\n"
+    )
+
+
+def training(numbers: Numbers) -> str:
+    """ResNet-50 steps with each regularizer, and the regularizer's own share."""
+    lines = []
+    for row in numbers.rows:
+        if row.workload == resnet.WORKLOAD.name and row.metric == "time_ms":
+            share = numbers.median(
+                row.workload, row.provider, row.mode, "share_percent", row.threads
+            )
+            shown = "" if share is None else f"{share:.3g} %"
+            lines.append([row.provider, str(row.threads), cell(row), shown])
+    return table(["regularizer", "threads", "whole step", "regularizer alone, of a step"], lines)
+
+
+def report(numbers: Numbers) -> str:
+    """Everything in the CSV, for people."""
+    parts = ["# Benchmark results\n", f"{numbers.provenance()}. Generated by `make plots`.\n"]
+    for threads in sorted({row.threads for row in numbers.rows}):
+        for mode in ("forward", "step"):
+            title = "forward" if mode == "forward" else "forward + backward"
+            parts += [
+                f"## Time, {title}, {threads} thread{'s' * (threads > 1)}\n",
+                _comparison(numbers, (*REALISTIC, *SWEEP), mode, threads),
+            ]
+        parts += [
+            f"## Roofline, {threads} thread{'s' * (threads > 1)}\n",
+            machine(numbers, threads),
+            roofline(numbers, threads),
+        ]
+    parts += [
+        "## Peak extra memory, forward + backward\n",
+        _by_step_metric(numbers, (*REALISTIC, *SWEEP[:6]), "peak_extra_mb"),
+        "## Dispatcher calls or kernel launches, forward + backward\n",
+        _by_step_metric(numbers, REALISTIC, "calls"),
+        "## A training step of ResNet-50 (B=32, 224 x 224, four layers)\n",
+        training(numbers),
+        "## How cost grows\n",
+        growth(numbers),
+    ]
+    return "\n".join(parts)
