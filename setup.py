@@ -60,7 +60,11 @@ def extension() -> tuple[Extension, type[Command]]:
         sources += glob("csrc/cuda/*.cu")
         os.environ["CUDA_HOME"] = toolkit
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    if toolkit:
+        cpp_extension.CUDA_HOME = toolkit  # a CPU build of torch does not look for it
 
     class BuildOrWarn(BuildExtension):
         """In mode "auto" a failed compilation becomes a warning and leaves the extension out."""

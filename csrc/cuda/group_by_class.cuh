@@ -45,7 +45,7 @@ __device__ inline Run run_at(const uint64_t* keys, int batch, int position, int6
 }
 
 // Keys are sorted in `spill` where it is given, else in shared memory.
-__global__ void __launch_bounds__(kGroupThreads)
+static __global__ void __launch_bounds__(kGroupThreads)
     group_by_class_kernel(const int64_t* targets, int batch, int64_t min_count, int64_t num_classes,
                           int padded, uint64_t* spill, int64_t* order, int64_t* offsets,
                           int64_t* classes) {

@@ -87,7 +87,7 @@ __device__ inline void find_touching(int64_t group, int64_t groups, const int64_
 }
 
 // One block per group, and one more for the end of the list.
-__global__ void __launch_bounds__(kColumnThreads)
+static __global__ void __launch_bounds__(kColumnThreads)
     touching_kernel(const int64_t* pairs, int num_pairs, Touching touching) {
   find_touching(blockIdx.x, gridDim.x - 1, pairs, num_pairs, touching,
                 shared_memory<ScanShared>().scratch);

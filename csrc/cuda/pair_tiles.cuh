@@ -101,8 +101,10 @@ __device__ bool gather_splits(const Splits<A>& splits, int tile, int split, int&
                               A (&sum)[kMicro<A>][kMicro<A>]) {
   constexpr int M = kMicro<A>;
   A* sums = splits.sums + int64_t{tile} * splits.count * M * M * kTileThreads + threadIdx.x;
+#pragma unroll
   for (int k = 0; k < M * M; ++k) sums[(split * M * M + k) * kTileThreads] = sum[k / M][k % M];
   if (!arrives_last(splits.tickets + tile, splits.count, shared_last)) return false;
+#pragma unroll
   for (int k = 0; k < M * M; ++k) {
     sum[k / M][k % M] = 0;
     for (int other = 0; other < splits.count; ++other)
