@@ -81,7 +81,7 @@ struct SoftmaxShared {
 // One block per group: mean_probs[k, j] = mean over the samples of k of
 // softmax(logits)[classes[j]].
 template <class T>
-__global__ void __launch_bounds__(kSoftmaxThreads)
+__global__ void __launch_bounds__(kSoftmaxThreads, 1)
     mean_softmax_kernel(const T* logits, int64_t num_classes, const int64_t* order,
                         const int64_t* offsets, const int64_t* classes, int64_t groups,
                         accumulate_t<T>* mean_probs) {

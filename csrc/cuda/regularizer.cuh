@@ -54,7 +54,7 @@ __device__ OverlapPart<A> layer_overlap(const PairSettings<A>& settings, const A
 
 // One block per layer and pair; the last of all layers writes the value.
 template <class A>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     layer_distances_kernel(const __grid_constant__ Layers<DistanceLayer<A>> layers, int first_layer,
                            int total_layers, PairSettings<A> settings, A* distance, int* ticket,
                            A* value) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 // The first blocks find the pairs that touch each group, one more block per layer the gradient of
 // its distances.
 template <class A>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     distance_gradients_kernel(PairSettings<A> settings, Touching touching, const A* grad,
                               const A* distance, int total_layers, A* grad_distance) {
   RegularizerShared<A>& shared = shared_memory<RegularizerShared<A>>();
@@ -105,7 +105,7 @@ struct DistanceGradientLayer : GradientLayer<T> {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     regularizer_backward_kernel(const __grid_constant__ Layers<DistanceGradientLayer<T>> layers,
                                 Groups groups, const int64_t* pairs, Touching touching,
                                 accumulate_t<T> eps) {
