@@ -42,9 +42,7 @@ def class_stats_diag(
         inv: (B,) int64 with `classes[inv] == y`; -1 for samples of classes left out.
     """
     validation.check_float_tensor("z", z, "(B, D)")
-    validation.check_index_tensor(
-        "y", y, z.shape[0], f"(B,) = ({z.shape[0]},), as z has B = {z.shape[0]}"
-    )
+    validation.check_index_tensor("y", y, z.shape[0], "(B,) = ({n},), as z has B = {n}")
     validation.check_same_device("y", y, "z", z)
     validation.check_eps(eps)
     validation.check_positive_int("min_count", min_count)
@@ -75,14 +73,13 @@ def confusion_alpha(
         alpha: (K, K), float32 (float64 for float64 logits).
     """
     validation.check_batch(logits, y)
-    batch = logits.shape[0]
     validation.check_index_tensor("classes", classes, None, "(K,)")
-    validation.check_index_tensor("inv", inv, batch, f"(B,) = ({batch},), as logits has")
+    validation.check_index_tensor("inv", inv, logits.shape[0], "(B,) = ({n},), as logits has")
     for label, value in (("classes", classes), ("inv", inv)):
         validation.check_same_device(label, value, "logits", logits)
     columns, groups = logits.shape[1], classes.shape[0]
-    validation.check_range("classes", classes, 0, columns, f"as logits has C = {columns} columns")
-    validation.check_range("inv", inv, -1, groups, f"as classes has K = {groups}")
+    validation.check_range("classes", classes, 0, columns, "as logits has C = {high} columns")
+    validation.check_range("inv", inv, -1, groups, "as classes has K = {high}")
     name = backends.resolve(backend, logits.device.type)
     order, offsets = reference.groups_of_inverse(inv, groups)
     alpha: Tensor = OPERATIONS[name].confusion_weights(logits.detach(), order, offsets, classes)

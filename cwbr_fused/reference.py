@@ -116,10 +116,16 @@ def confusion_weights(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
 
 
 def upper_pairs(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows i and columns j > i of a (K, K) matrix, in lexicographic order."""
+    """Rows i and columns j > i of a (K, K) matrix, in lexicographic order.
+
+    `torch.triu_indices`, which torch.compile would compile anew for every K.
+    """
     groups = alpha.shape[0]
-    i, j = torch.triu_indices(groups, groups, 1, device=alpha.device)
-    return i, j
+    row = torch.arange(groups, device=alpha.device)
+    first = row * (2 * groups - row - 1) // 2
+    pair = torch.arange(groups * (groups - 1) // 2, device=alpha.device)
+    i = torch.searchsorted(first, pair, right=True) - 1
+    return i, pair - first[i] + i + 1
 
 
 def top_pairs(alpha: Tensor, top_m: int) -> tuple[Tensor, Tensor]:

@@ -36,14 +36,20 @@ def check_float_tensor(name: str, value: object, shape: str) -> None:
 
 
 def check_index_tensor(name: str, value: object, length: int | None, what: str) -> None:
-    """A (length,) integer tensor; `what` says which length was expected and why."""
+    """A (length,) integer tensor; `what` says which length was expected and why, with {n} for it.
+
+    Sizes are formatted only where a check fails: torch.compile takes a formatted size for a
+    constant, and would compile anew for every batch size.
+    """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {what}, got {describe(value)}")
+        raise TypeError(f"{name}: expected a tensor {what.format(n=length)}, got {describe(value)}")
     if value.dim() != 1 or (length is not None and value.shape[0] != length):
         hint = ""
         if value.dim() == 2 and value.dtype.is_floating_point:
             hint = "; soft targets are not supported, pass class indices"
-        raise ValueError(f"{name}: expected shape {what}, got {describe(value)}{hint}")
+        raise ValueError(
+            f"{name}: expected shape {what.format(n=length)}, got {describe(value)}{hint}"
+        )
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer dtype, got {describe(value)}")
 
@@ -94,20 +100,20 @@ def check_batch(logits: object, targets: object) -> None:
     check_float_tensor("logits", logits, "(B, C)")
     assert isinstance(logits, Tensor)
     batch, classes = logits.shape
-    check_index_tensor("targets", targets, batch, f"(B,) = ({batch},), as logits has B = {batch}")
+    check_index_tensor("targets", targets, batch, "(B,) = ({n},), as logits has B = {n}")
     assert isinstance(targets, Tensor)
     check_same_device("targets", targets, "logits", logits)
-    check_range("targets", targets, 0, classes, f"as logits has C = {classes} columns")
+    check_range("targets", targets, 0, classes, "as logits has C = {high} columns")
 
 
 def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> None:
-    """low <= values < high. Reads the values, so it looks only at those on the CPU."""
+    """low <= values < high; `why` may name {high}. Reads the values, so only those on the CPU."""
     if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
         return
     smallest, largest = (int(bound) for bound in values.aminmax())
     if smallest < low or largest >= high:
         raise ValueError(
-            f"{name}: expected values in [{low}, {high}), {why}, "
+            f"{name}: expected values in [{low}, {high}), {why.format(high=high)}, "
             f"got values from {smallest} to {largest}"
         )
 
