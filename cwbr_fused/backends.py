@@ -5,7 +5,7 @@
 - `triton`: Triton kernels, for GPUs; on the CPU under TRITON_INTERPRET=1.
 - `cuda`: CUDA C++ kernels, for NVIDIA GPUs.
 
-`backend="auto"` takes the first usable of cpu (CPU) or cuda, triton (GPU), then reference. The
+`backend="auto"` takes the first usable of cpu (CPU), or cuda, triton (GPU), then reference. The
 environment variable CWBR_BACKEND replaces "auto" by a name of your choice.
 """
 
@@ -64,11 +64,17 @@ def resolve(backend: str, device_type: str) -> str:
     """
     backend = check(backend)
     if backend == "auto":
-        return next(name for name in NAMES if rejection(name, device_type) is None)
+        return _first_usable(device_type)
     reason = rejection(backend, device_type)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
     return backend
+
+
+def _first_usable(device_type: str) -> str:
+    """Triton's interpreter, far slower than the reference, is taken only by name."""
+    names = [name for name in NAMES if (name, device_type) != ("triton", "cpu")]
+    return next(name for name in names if rejection(name, device_type) is None)
 
 
 def explain(device_type: str = "cpu") -> str:

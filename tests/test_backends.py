@@ -10,10 +10,17 @@ import pytest
 from cwbr_fused import backends
 
 
-def test_auto_takes_the_first_that_is_not_rejected() -> None:
-    usable = [n for n in backends.NAMES if backends.rejection(n, "cpu") is None]
-    assert backends.resolve("auto", "cpu") == usable[0]
-    assert usable[-1] == "reference"
+def test_auto_on_the_cpu_takes_the_compiled_kernels_else_the_reference() -> None:
+    built = backends.rejection("cpu", "cpu") is None
+    assert backends.resolve("auto", "cpu") == ("cpu" if built else "reference")
+
+
+def test_auto_prefers_the_reference_to_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backends, "rejection", lambda name, device: "no" if name in ("cpu", "cuda") else None
+    )
+    assert backends.resolve("auto", "cpu") == "reference"
+    assert backends.resolve("auto", "cuda") == "triton"
 
 
 def test_an_unknown_device_gets_the_reference() -> None:
