@@ -65,7 +65,7 @@ __device__ void moments_of_columns(const MomentLayer<T>& layer, const Groups& gr
                                    int64_t column, accumulate_t<T> eps) {
   using A = accumulate_t<T>;
   const int64_t begin = groups.offsets[group], end = groups.offsets[group + 1];
-  A mean[WIDTH] = {}, squares[WIDTH] = {};
+  A origin[WIDTH] = {}, mean[WIDTH] = {}, squares[WIDTH] = {};
   for (int64_t first = begin; first < end; first += kChunk) {
     Vector<T, WIDTH> rows[kChunk] = {};
     const int count = end - first < kChunk ? end - first : kChunk;
@@ -76,13 +76,17 @@ __device__ void moments_of_columns(const MomentLayer<T>& layer, const Groups& gr
     const A before = first - begin, share = count / (before + count);
 #pragma unroll
     for (int w = 0; w < WIDTH; ++w) {
+      if (first == begin) origin[w] = widen(rows[0].item[w]);
       A sum = 0, chunk_squares = 0;
 #pragma unroll
-      for (int r = 0; r < kChunk; ++r) sum += widen(rows[r].item[w]);
+      for (int r = 0; r < kChunk; ++r) {
+        if (r < count)  // mask: the rows beyond a short chunk hold zeros
+          sum += widen(rows[r].item[w]) - origin[w];
+      }
       const A chunk_mean = sum / count;
 #pragma unroll
       for (int r = 0; r < kChunk; ++r) {
-        const A centred = widen(rows[r].item[w]) - chunk_mean;
+        const A centred = widen(rows[r].item[w]) - origin[w] - chunk_mean;
         if (r < count)  // mask: the rows beyond a short chunk hold zeros
           chunk_squares += centred * centred;
       }
@@ -96,6 +100,7 @@ __device__ void moments_of_columns(const MomentLayer<T>& layer, const Groups& gr
   for (int w = 0; w < WIDTH; ++w) {
     var[w] = end > begin ? squares[w] / (end - begin) : A{0};
     if (var[w] < eps) var[w] = eps;  // NaN stays NaN
+    mean[w] += origin[w];
   }
   store_many(layer.mean + group * layer.dims + column, mean);
   store_many(layer.var + group * layer.dims + column, var);

@@ -7,8 +7,10 @@ tensor is copied into memory that faults one byte past its end, and results star
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,17 @@ def compile_emulated(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="cwbr_emulation_")
+
+
+@functools.cache
+def emulated_library() -> Path:
+    """The kernels as they are, compiled once in a session."""
+    return compile_emulated(Path(_folder().name) / "kernels.so", "-shared")
 
 
 class EmulationError(RuntimeError):
