@@ -149,8 +149,13 @@ def in_fresh_process(module: str, *arguments: str, timeout: float) -> Any:
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def _tensors(tree: object) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 class CallCounter(TorchDispatchMode):
-    """Counts the operations that reach a kernel, and the largest tensor that one returns."""
+    """Counts the operations that reach a kernel; the largest tensor that one makes, not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,10 +167,12 @@ class CallCounter(TorchDispatchMode):
     ) -> object:
         out = func(*args, **(kwargs or {}))
         self.calls += 1
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.largest_elements = max(self.largest_elements, stored)
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                elements = storage.nbytes() // tensor.element_size()
+                self.largest_elements = max(self.largest_elements, elements)
         return out
 
 

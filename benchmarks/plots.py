@@ -16,7 +16,7 @@ from benchmarks.measure import ROOT
 from benchmarks.providers import PLAIN
 from benchmarks.results import FOLDER, Results
 from benchmarks.tables import Numbers, readme_table, report
-from benchmarks.workloads import SWEEP, SWEEP_DIMS
+from benchmarks.workloads import SWEEP, SWEEP_DIMS, SWEEP_GROUPS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,18 +27,22 @@ LABELS = {
     PLAIN: "plain PyTorch",
     "plain compiled": "torch.compile",
     "chunked": "row chunks",
-    "chunked checkpoint": "chunks + checkpoint",
+    "chunked checkpoint": "checkpointed",
 }
 COLORS = ("#8c8c8c", "#b07aa1", "#c49a3c", "#5b9aa0")
 OWN_COLOR = "#d1383a"
 
 
-def spread_labels(heights: list[float], distance: float) -> list[float]:
-    """The nearest positions to `heights` in their order that are `distance` apart."""
+def spread_labels(heights: list[float], distance: float, top: float = 1) -> list[float]:
+    """Positions in the order of `heights`, near them, `distance` apart and at most `top`."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     for below, above in pairwise(order):
         placed[above] = max(placed[above], placed[below] + distance)
+    if order:
+        placed[order[-1]] = min(placed[order[-1]], top)
+    for above, below in pairwise(reversed(order)):
+        placed[below] = min(placed[below], placed[above] - distance)
     return placed
 
 
@@ -61,12 +65,12 @@ def draw(axes: Axes, numbers: Numbers, metric: str, unit: str) -> None:
         axes.plot(x, y, color=color, lw=3 if mine else 2, marker="o", ms=5, zorder=2 + mine)
         out = any(row and row.note.startswith("out of memory") for _, row in rows)
         if out:
-            axes.plot(x[-1], y[-1], marker="X", ms=11, color=color, zorder=4)
+            axes.plot(x[-1], y[-1], marker="X", ms=9, color=color, zorder=4)
         ends.append((x[-1], y[-1], label, color))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(right=axes.get_xlim()[1] * 12)
-    axes.set_xticks([64, 200, 500, 1000, 2000, 5000], ["64", "200", "500", "1k", "2k", "5k"])
+    axes.set_xlim(right=axes.get_xlim()[1] * 14)
+    axes.set_xticks(SWEEP_GROUPS, ["64", "200", "500", "1k", "2k", "5k"])
     axes.minorticks_off()
     axes.set_xlabel("classes K")
     axes.set_title(unit, loc="left", fontsize=12)
@@ -75,19 +79,22 @@ def draw(axes: Axes, numbers: Numbers, metric: str, unit: str) -> None:
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """A column of names right of the largest K, each tied to the end of its line."""
     to_axes = axes.transData + axes.transAxes.inverted()
     places = [to_axes.transform((x, y)) for x, y, _, _ in ends]
-    heights = spread_labels([float(y) for _, y in places], 0.075)
-    for (_, _, label, color), (x, _), height in zip(ends, places, heights, strict=True):
+    column = float(to_axes.transform((SWEEP_GROUPS[-1] * 1.5, 1))[0])
+    heights = spread_labels([float(y) for _, y in places], 0.08)
+    for (_, _, label, color), (x, y), height in zip(ends, places, heights, strict=True):
+        axes.plot([x, column], [y, height], color=color, lw=0.7, transform=axes.transAxes)
         bold = "bold" if color == OWN_COLOR else "normal"
         axes.text(
-            x + 0.03,
+            column + 0.01,
             height,
             label,
             transform=axes.transAxes,
             color=color,
             va="center",
-            fontsize=11,
+            fontsize=10,
             fontweight=bold,
         )
 

@@ -79,7 +79,7 @@ def units(sessions: list[Session]) -> Iterator[Unit]:
     for workload in REALISTIC:
         yield _workload_unit(one, workload, "calls")
     for session in sessions[1:]:
-        for workload in (*REALISTIC, *figure):
+        for workload in (*REALISTIC, *figure[1:4]):
             yield _workload_unit(session, workload, "time_ms")
     for workload in others:
         yield _workload_unit(one, workload, "time_ms")

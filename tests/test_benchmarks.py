@@ -1,0 +1,287 @@
+"""The benchmarks' own logic: nothing wrong is timed, nothing is lost, regressions fail."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+from benchmarks import compare, machine, measure, operations, peers, plots, resnet, tables
+from benchmarks.providers import PLAIN, Checker, Provider, peer, step, table
+from benchmarks.results import Results, Row
+from benchmarks.run import Unit, run
+from benchmarks.session import Session
+from benchmarks.workloads import BY_NAME, EPS, REALISTIC, make
+
+PROVIDERS = {
+    name: provider
+    for name, provider in table("cpu").items()
+    if provider.missing is None and not provider.compiled and name != "keops"
+}
+SMALL = {w.kind: w for w in (BY_NAME[n].shrunk() for n in ("CUB ResNet-50", "bank"))}
+SMALL["shuffled"] = BY_NAME["shuffled DDP"].shrunk()
+SMALL["pairs"] = BY_NAME["pairs K=64 D=256"].shrunk()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(Results(tmp_path / "rows.csv", "abc"), "cpu", 1)
+
+
+def row(workload: str = "w", provider: str = PLAIN, **changed: object) -> Row:
+    whole = Row(
+        workload, provider, "step", "time_ms", 1.0, 0.9, 1.2, 1.0, 5, "", "cpu", 1, "2", "abc"
+    )
+    return replace(whole, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["loss", "shuffled"])
+def test_truth_is_the_literal_formulas(kind: str) -> None:
+    inputs = make(SMALL[kind]).double()
+    value = peer(inputs, peers.gathered)
+    assert inputs.logits is not None
+    assert inputs.targets is not None
+    expected = oracle.loss(
+        list(inputs.features), inputs.logits, inputs.targets, inputs.workload.top_m, 2, EPS
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+
+
+def test_truth_of_all_pairs_is_the_literal_formula() -> None:
+    inputs = make(SMALL["pairs"]).double()
+    assert inputs.weights is not None
+    d = oracle.distance(inputs.means[0], inputs.vars[0], EPS)
+    expected = oracle.layer_loss(d, inputs.weights, None, EPS)
+    torch.testing.assert_close(peer(inputs, peers.plain), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("workload", REALISTIC, ids=lambda w: w.name)
+def test_inputs_have_overlaps_and_gradients_that_do_not_underflow(workload) -> None:  # noqa: ANN001
+    value, *gradients = Checker(make(replace(workload.shrunk(), dims=(512,)))).truth
+    assert 1e-3 < float(value) < 0.5
+    assert all(bool((g != 0).any()) for g in gradients)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_provider_is_right(kind: str, provider: str) -> None:
+    chosen = PROVIDERS[provider]
+    if not chosen.takes(SMALL[kind]):
+        pytest.skip("it forms chosen pairs only")
+    checker = Checker(make(SMALL[kind]))
+    assert checker.complaint(chosen, "forward") is None
+    assert checker.complaint(chosen, "step") is None
+
+
+def test_a_wrong_value_or_gradient_or_a_failure_is_noted_and_never_timed(session: Session) -> None:
+    def failing(inputs: object) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    right = partial(peer, overlap=peers.plain)
+    wrong = {
+        "wrong value": Provider("wrong value", lambda i: right(i) * 1.001),
+        "wrong gradient": Provider(
+            "wrong gradient",
+            lambda i: right(i) + 0.1 * (s := i.features[0].sum()) - 0.1 * s.detach(),
+        ),
+        "fails": Provider("fails", failing),
+    }
+    rows = session.time(SMALL["loss"], {PLAIN: PROVIDERS[PLAIN], **wrong})
+    steps = {r.provider: r for r in rows if r.mode == "step"}
+    assert steps[PLAIN].median is not None
+    assert steps[PLAIN].ratio_to_plain == 1
+    for name in wrong:
+        assert steps[name].median is None
+        assert steps[name].note.startswith("failed" if name == "fails" else "wrong")
+
+
+def test_rows_have_every_field_and_survive_the_file(session: Session) -> None:
+    rows = session.time(SMALL["pairs"], {PLAIN: PROVIDERS[PLAIN]})
+    session.results.add(rows)
+    header = session.results.path.read_text().splitlines()[0].split(",")
+    assert header == [field.name for field in fields(Row)]
+    again = Results(session.results.path, "abc").rows
+    for measured in rows:
+        stored = again[measured.key]
+        assert stored.median == pytest.approx(measured.median, rel=1e-3)
+        assert stored.p20 is not None
+        assert stored.p80 is not None
+        assert stored.p20 <= stored.median <= stored.p80
+        assert (stored.torch, stored.commit, stored.threads) == (torch.__version__, "abc", 1)
+
+
+def test_what_cannot_fit_or_finish_is_a_row_that_says_so(session: Session) -> None:
+    large = BY_NAME["pairs K=1000 D=2048"]
+    plain = PROVIDERS[PLAIN]
+    assert "out of memory by prediction: 66 GB" in str(session.objection(plain, large, "step"))
+    checkpoint = PROVIDERS["chunked checkpoint"]
+    assert session.objection(checkpoint, large, "step") is None
+    device = session.device_name
+    slow = row("pairs K=500 D=2048", checkpoint.name, median=8000.0, device=device)
+    session.results.add([slow])
+    assert session.objection(checkpoint, large, "step") == "too slow by prediction: 32 s"
+    assert session.memory(large, {PLAIN: plain})[0].note.startswith("out of memory")
+
+
+def test_a_second_run_skips_what_is_done_and_another_commit_starts_again(tmp_path: Path) -> None:
+    path, done = tmp_path / "rows.csv", []
+
+    def unit(name: str, results: Results) -> Unit:
+        session = Session(results, "cpu", torch.get_num_threads())
+        mine = row(
+            name,
+            device=session.device_name,
+            threads=session.threads,
+            commit=results.current,
+        )
+
+        def measured() -> list[Row]:
+            done.append(name)
+            return [mine]
+
+        return Unit(name, session, partial(session.has, name, [PLAIN], "time_ms"), measured)
+
+    first = Results(path, "abc")
+    assert run([unit("a", first)], first, limit=1)
+    again = Results(path, "abc")
+    assert run([unit("a", again), unit("b", again)], again, limit=1)
+    assert done == ["a", "b"]
+    other = Results(path, "def")
+    assert not run([unit("a", other)], other, limit=-1)
+    assert run([unit("a", other)], other, limit=1)
+    assert done == ["a", "b", "a"]
+    assert {r.workload: r.commit for r in Results(path, "def").rows.values()} == {
+        "a": "def",
+        "b": "abc",
+    }
+
+
+def test_interleaving_gives_each_call_a_sample_in_every_round() -> None:
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in ("a", "b", "c")}
+    samples = measure.interleave(calls, budget=0.01)
+    assert len({len(taken) for taken in samples.values()}) == 1
+    assert len(samples["a"]) >= measure.ROUNDS[0]
+    assert min(order.count(name) for name in calls) > measure.ROUNDS[0]
+
+
+def test_spread_and_ratio_of_known_samples() -> None:
+    assert measure.spread([1, 2, 3, 4, 5, 6]) == (3.5, 2, 5)
+    assert measure.spread([7]) == (7, 7, 7)
+    assert measure.ratio([2, 6, 4], [1, 2, 4]) == 2
+
+
+def test_dispatcher_calls_are_counted() -> None:
+    x = torch.ones(3, 4)
+    assert measure.count_calls(lambda: (x + 1).sum()) == 2
+
+
+@pytest.mark.skipif("cwbr cpu" not in PROVIDERS, reason="the cpu kernels are not built")
+def test_a_fused_step_makes_a_tenth_of_the_calls_of_a_plain_one(session: Session) -> None:
+    plain, fused = session.calls(SMALL["loss"], {n: PROVIDERS[n] for n in (PLAIN, "cwbr cpu")})
+    assert plain.median is not None
+    assert fused.ratio_to_plain is not None
+    assert plain.median > 100
+    assert fused.ratio_to_plain < 0.1
+
+
+@pytest.mark.parametrize(
+    ("ratios", "status"),
+    [
+        ([1.30, 1.25, 1.31, 1.28, 1.27], 1),
+        ([1.30, 0.70, 1.31, 0.90, 1.27], 0),
+        ([1.02, 1.03, 1.01, 1.02, 1.04], 0),
+        ([0.50, 0.52, 0.49, 0.51, 0.50], 0),
+    ],
+    ids=["slower", "too noisy to say", "below the threshold", "faster"],
+)
+def test_comparison_fails_past_the_threshold_only(
+    ratios: list[float], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.report({"steady": [1.0, 1.0, 1.0], "w": ratios}, threshold=1.1) == status
+    assert ("slower than 1.10" in capsys.readouterr().out) == bool(status)
+
+
+def test_verdict_interval_holds_the_median() -> None:
+    verdict = compare.judge("w", [0.9, 1.0, 1.1, 1.2])
+    assert 0.9 <= verdict.low <= verdict.ratio <= verdict.high <= 1.2
+
+
+def test_exponent_of_a_power_law() -> None:
+    assert tables.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_readme_table_is_replaced_between_its_markers_only() -> None:
+    start, end = plots.MARKERS
+    readme = f"before\n{start}\nold\n{end}\nafter\n"
+    assert plots.insert_table(readme, "new\n") == f"before\n{start}\nnew\n{end}\nafter\n"
+    with pytest.raises(ValueError, match="table:start"):
+        plots.insert_table("no markers", "new\n")
+
+
+def test_labels_are_moved_apart_in_their_order() -> None:
+    placed = plots.spread_labels([0.5, 0.1, 0.51], 0.1)
+    assert placed == pytest.approx([0.5, 0.1, 0.6])
+    assert plots.spread_labels([0.98, 0.99, 0.2], 0.1) == pytest.approx([0.9, 1.0, 0.2])
+
+
+def test_figure_and_report_are_made_from_rows_alone(tmp_path: Path) -> None:
+    names = [f"pairs K={k} D=768" for k in (64, 200, 500)]
+    rows = [
+        row(name, provider, metric=metric, median=10.0 * (i + 1))
+        for i, name in enumerate(names)
+        for provider in (PLAIN, "cwbr reference")
+        for metric in ("time_ms", "peak_extra_mb")
+    ]
+    rows.append(row("pairs K=1000 D=768", median=None, note="out of memory by prediction: 25 GB"))
+    numbers = tables.Numbers(rows)
+    plots.figure(numbers, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    text = tables.report(numbers)
+    assert "| pairs K=200 D=768 | 20.0 ms |" in text
+    assert "| pairs K=1000 D=768 | out of memory |" in text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_machine_peaks_are_of_a_possible_size() -> None:
+    assert machine.lanes() in (4, 8, 16)
+    assert 1e8 < machine.vector_fmas_per_second() < 2e10
+    assert 1e8 < machine.bytes_per_second(10**6) < 1e13
+
+
+@pytest.mark.parametrize("name", operations.OPERATIONS)
+def test_every_operation_runs_alone_at_small_sizes(name: str) -> None:
+    operation = operations.OPERATIONS[name]
+    sizes = {key: min(value, 24) for key, value in operation.base.items()}
+    reference = operations.ops.OPERATIONS["reference"]
+    for call in operation.calls(reference, sizes, "cpu").values():
+        outputs = call()
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def test_resnet50_has_its_published_parameters_and_regularized_steps_train_it() -> None:
+    assert sum(p.numel() for p in resnet.ResNet50(1000).parameters()) == 25_557_032
+    workload = replace(resnet.WORKLOAD, groups=2, samples=2, batch=4, classes=5)
+    trainer = resnet.Trainer(workload, "cpu", pixels=32)
+    before = trainer.model.head.weight.clone()
+    trainer.step(PROVIDERS["cwbr reference"])
+    assert not torch.equal(before, trainer.model.head.weight)
+    value, *gradients = step(PROVIDERS["cwbr reference"], trainer.leaves())
+    assert math.isfinite(float(value))
+    assert [g.shape[1] for g in gradients] == list(resnet.RESNET50)
