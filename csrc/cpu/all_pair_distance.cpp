@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <vector>
 
 #include "kernels.h"
 #include "pair_blocks.h"
@@ -10,36 +10,32 @@ template <class T>
 void all_pair_distance(const T* mean, const T* var, int64_t k, int64_t d, double eps, T* distance) {
   PairBlocks<T> blocks(mean, var, k, d, eps);
   for (int64_t i = 0; i < k; ++i) distance[i * k + i] = 0;
-  for (int64_t a = 0; a < blocks.count(); ++a)
-    for (int64_t b = a; b < blocks.count(); ++b)
-      blocks.distances(a, b, T(-1), [&](const Tile<T>& tile) {
-        for (int64_t r = 0; r < tile.rows_i; ++r)
-          for (int64_t c = tile.i == tile.j ? r + 1 : 0; c < tile.rows_j; ++c) {
-            const T value = tile.distance[r * kTile + c];
-            distance[(tile.i + r) * k + tile.j + c] = value;
-            distance[(tile.j + c) * k + tile.i + r] = value;
-          }
-      });
+  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
+    blocks.distances(a, b, T(-1), [&](const Tile<T>& tile) {
+      const auto& [i, j, count_i, count_j] = tile.rows;
+      for (int64_t r = 0; r < count_i; ++r)
+        for (int64_t c = i == j ? r + 1 : 0; c < count_j; ++c) {
+          const T value = tile.distance[r * kTile + c];
+          distance[(i + r) * k + j + c] = distance[(j + c) * k + i + r] = value;
+        }
+    });
+  });
 }
 
 template <class T>
 void all_pair_distance_backward(const T* grad, const T* mean, const T* var, int64_t k, int64_t d,
                                 double eps, T* grad_mean, T* grad_var) {
-  std::fill_n(grad_mean, k * d, T(0));
-  std::fill_n(grad_var, k * d, T(0));
   const PairBlocks<T> blocks(mean, var, k, d, eps);
   BlockGradient<T> gradient(blocks.max_rows());
-  for (int64_t a = 0; a < blocks.count(); ++a)
-    for (int64_t b = a; b < blocks.count(); ++b) {
-      gradient.reset(blocks.first(a), blocks.rows(a), blocks.first(b), blocks.rows(b));
-      blocks.for_tiles(a, b, 256,
-                       [&](int64_t, int64_t i, int64_t j, int64_t rows_i, int64_t rows_j) {
-                         gradient.write_tile(i, j, rows_i, rows_j, [&](int64_t r, int64_t c) {
-                           return grad[r * k + c] + grad[c * k + r];
-                         });
-                       });
-      blocks.add_gradient(gradient, grad_mean, grad_var);
-    }
+  const auto both = [&](int64_t i, int64_t j) { return grad[i * k + j] + grad[j * k + i]; };
+  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
+    gradient.reset(blocks.block(a, b));
+    const std::vector<TileRows> tiles = blocks.tiles(a, b);
+    parallel_for(0, tiles.size(), 256, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) gradient.write_tile(tiles[t], both);
+    });
+    blocks.gradients(gradient, grad_mean, grad_var);
+  });
 }
 
 #define CWBR_INSTANTIATE(T)                                                                        \

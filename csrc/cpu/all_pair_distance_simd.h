@@ -433,28 +433,38 @@ CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
   for (int v = 0; v < vectors; ++v) shared[v] &= all((low[v] > bound) & (high[v] < 1 / bound));
 }
 
-// Adds the sums to the gradients: dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4, scaled back.
+// Writes, or adds, the gradients that sums amount to: dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4,
+// scaled back.
 template <bool Whole, class T>
 CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
-                                 const GradientSide<T>& side, int64_t vector, int vectors,
+                                 const GradientSide<T>& side, int64_t vector, int vectors, bool add,
                                  T* grad_mean, T* grad_var) {
+  const auto put = [&](T* at, int64_t left, Vec<T> x) CWBR_LAMBDA_INLINE {
+    if (Whole || left >= kLanes<T>)
+      store(at, add ? load(at) + x : x);
+    else
+      store_first(at, left, add ? load_first(at, left, T(0)) + x : x);
+  };
   for (int64_t r = 0; r < side.count; ++r)
     for (int v = 0; v < vectors; ++v) {
-      const int64_t dim = (vector + v) * kLanes<T>, left = rows.d - dim;
+      const int64_t dim = (vector + v) * kLanes<T>, at = (side.first + r) * rows.d + dim;
       const RowGradient<T>& sums = side.sums[v * side.padded + r];
       const Vec<T> inverse = reciprocal(side.moments[2 * (v * side.padded + r) + 1]);
-      const Vec<T> by_mean = sums.t * load(scaling.mean + dim) * T(-0.5);
-      const Vec<T> by_var = fma(sums.z, inverse, sums.t2) * load(scaling.var + dim) * T(-0.25);
-      T* mean = grad_mean + (side.first + r) * rows.d + dim;
-      T* var = grad_var + (side.first + r) * rows.d + dim;
-      if (Whole || left >= kLanes<T>) {
-        store(mean, load(mean) + by_mean);
-        store(var, load(var) + by_var);
-      } else {
-        store_first(mean, left, load_first(mean, left, T(0)) + by_mean);
-        store_first(var, left, load_first(var, left, T(0)) + by_var);
-      }
+      const Vec<T> by_var = fma(sums.z, inverse, sums.t2);
+      put(grad_mean + at, rows.d - dim, sums.t * load(scaling.mean + dim) * T(-0.5));
+      put(grad_var + at, rows.d - dim, by_var * load(scaling.var + dim) * T(-0.25));
     }
+}
+
+// Adds what rows collected as rows j to what they collected as rows i.
+template <class T>
+CWBR_INLINE void join_sums(const GradientSide<T>& side_i, const GradientSide<T>& side_j,
+                           int vectors) {
+  for (int64_t r = 0; r < vectors * side_i.padded; ++r) {
+    side_i.sums[r].t += side_j.sums[r].t;
+    side_i.sums[r].z += side_j.sums[r].z;
+    side_i.sums[r].t2 += side_j.sums[r].t2;
+  }
 }
 
 // All pairs of a block, for vector v of those kept.
@@ -487,13 +497,18 @@ CWBR_INLINE void gradient_vectors(const Rows<T>& rows, const Scaling<T>& scaling
                                   const GradientBlock<T>& block, const GradientSide<T>& side_i,
                                   const GradientSide<T>& side_j, int64_t first, int vectors,
                                   T* grad_mean, T* grad_var) {
+  const bool diagonal = side_i.first == side_j.first;
   bool shared[kGradientVectors] = {true, true, true, true};
   load_moments<Whole>(rows, scaling, side_i, first, vectors, shared);
-  if (side_i.moments != side_j.moments)
-    load_moments<Whole>(rows, scaling, side_j, first, vectors, shared);
+  if (!diagonal) load_moments<Whole>(rows, scaling, side_j, first, vectors, shared);
   for (int v = 0; v < vectors; ++v) add_gradients(block, side_i, side_j, v, shared[v]);
-  store_gradients<Whole>(rows, scaling, side_i, first, vectors, grad_mean, grad_var);
-  store_gradients<Whole>(rows, scaling, side_j, first, vectors, grad_mean, grad_var);
+  if (diagonal) {
+    join_sums(side_i, side_j, vectors);
+    store_gradients<Whole>(rows, scaling, side_i, first, vectors, false, grad_mean, grad_var);
+  } else {
+    store_gradients<Whole>(rows, scaling, side_i, first, vectors, true, grad_mean, grad_var);
+    store_gradients<Whole>(rows, scaling, side_j, first, vectors, true, grad_mean, grad_var);
+  }
 }
 
 template <class T>

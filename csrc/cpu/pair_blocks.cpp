@@ -1,8 +1,13 @@
 #include "pair_blocks.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "parallel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace cwbr {
 
@@ -12,6 +17,23 @@ constexpr int64_t kPanelBytes = 4 << 20;
 constexpr int64_t kMaxRows = 512;
 // Work below this many (pair, vector of dimensions)s is not worth a second thread.
 constexpr int64_t kGrain = 20000;
+
+// While it lives, this thread takes numbers below the normal range for zero. Gradients of far pairs
+// are full of them, and the processor spends a hundred cycles on each.
+class FlushSubnormals {
+#if defined(__x86_64__)
+ public:
+  FlushSubnormals() { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned before_ = _mm_getcsr();
+#else
+ public:
+  FlushSubnormals() {}
+#endif
+};
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -41,11 +63,11 @@ BlockGradient<T>::BlockGradient(int64_t rows)
     : grad_(rows * rows), nonzero_(rows / kGradientRows * (rows / kTile)), block_{} {}
 
 template <class T>
-void BlockGradient<T>::reset(int64_t first_i, int64_t rows_i, int64_t first_j, int64_t rows_j) {
-  block_ = {grad_.get(), nonzero_.get(), {first_i, rows_i, first_j, rows_j}};
-  const int64_t parts = (rows_i + kGradientRows - 1) / kGradientRows;
+void BlockGradient<T>::reset(const BlockRows& rows) {
+  block_ = {grad_.get(), nonzero_.get(), rows};
+  const int64_t parts = (rows.count_i + kGradientRows - 1) / kGradientRows;
   std::fill_n(nonzero_.get(), parts * tiles_j(), uint8_t(0));
-  std::fill_n(grad_.get(), parts * rows_j * kGradientRows, T(0));
+  std::fill_n(grad_.get(), parts * rows.count_j * kGradientRows, T(0));
 }
 
 template <class T>
@@ -71,9 +93,18 @@ int64_t PairBlocks<T>::rows(int64_t block) const {
 }
 
 template <class T>
-int64_t PairBlocks<T>::tiles(int64_t a, int64_t b) const {
-  const int64_t i = (rows(a) + kTile - 1) / kTile, j = (rows(b) + kTile - 1) / kTile;
-  return a == b ? i * (i + 1) / 2 : i * j;
+std::vector<TileRows> PairBlocks<T>::tiles(int64_t a, int64_t b) const {
+  // Some tiles' rows i, which the second-level cache holds, meet each tile's rows j in turn.
+  constexpr int64_t cache_bytes = 1 << 19;
+  const int64_t row_bytes = panel_stride(vectors_, kernels_.lanes) * sizeof(T);
+  const int64_t band = std::max<int64_t>(1, cache_bytes / (row_bytes * kTile)) * kTile;
+  std::vector<TileRows> result;
+  for (int64_t top = 0; top < rows(a); top += band)
+    for (int64_t j = a == b ? top : 0; j < rows(b); j += kTile)
+      for (int64_t i = top; i < std::min(top + band, rows(a)) && (a != b || i <= j); i += kTile)
+        result.push_back({first(a) + i, first(b) + j, std::min<int64_t>(kTile, rows(a) - i),
+                          std::min<int64_t>(kTile, rows(b) - j)});
+  return result;
 }
 
 template <class T>
@@ -101,29 +132,6 @@ void PairBlocks<T>::pack(int64_t slot, int64_t block) {
 }
 
 template <class T>
-void PairBlocks<T>::for_tiles(
-    int64_t a, int64_t b, int64_t grain,
-    const std::function<void(int64_t, int64_t, int64_t, int64_t, int64_t)>& visit) const {
-  const int64_t tiles_j = (rows(b) + kTile - 1) / kTile;
-  parallel_for(0, tiles(a, b), grain, [&](int64_t begin, int64_t end) {
-    // The tile row and column of index `begin`; on a diagonal, row r has tiles_j - r tiles.
-    int64_t r = 0, before = 0;
-    const auto in_row = [&](int64_t row) { return a == b ? tiles_j - row : tiles_j; };
-    while (before + in_row(r) <= begin) before += in_row(r++);
-    int64_t c = begin - before + (a == b ? r : 0);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t i = r * kTile, j = c * kTile;
-      visit(index, first(a) + i, first(b) + j, std::min<int64_t>(kTile, rows(a) - i),
-            std::min<int64_t>(kTile, rows(b) - j));
-      if (++c == tiles_j) {
-        ++r;
-        c = a == b ? r : 0;
-      }
-    }
-  });
-}
-
-template <class T>
 void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
                               const std::function<void(const Tile<T>&)>& visit) {
   pack(0, a);
@@ -134,19 +142,21 @@ void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
     return Panel<T>{panel.values + row * panel.stride, panel.exponent + row, panel.log + row,
                     panel.checkpoints + row * marks, panel.stride};
   };
+  const std::vector<TileRows> tiles = this->tiles(a, b);
   const int64_t tile_work = kTile * kTile * (vectors_ + 2);
-  for_tiles(a, b, grain(tile_work),
-            [&](int64_t index, int64_t i, int64_t j, int64_t rows_i, int64_t rows_j) {
-              alignas(64) T distance[kTile * kTile];
-              kernels_.tile(from(panel_a, i - first(a)), from(panel_b, j - first(b)), scaling_,
-                            rows_i, rows_j, i == j, limit, distance);
-              visit({index, i, j, rows_i, rows_j, distance});
-            });
+  parallel_for(0, tiles.size(), grain(tile_work), [&](int64_t begin, int64_t end) {
+    alignas(64) T distance[kTile * kTile];
+    for (int64_t index = begin; index < end; ++index) {
+      const TileRows& rows = tiles[index];
+      kernels_.tile(from(panel_a, rows.i - first(a)), from(panel_b, rows.j - first(b)), scaling_,
+                    rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
+      visit({index, rows, distance});
+    }
+  });
 }
 
 template <class T>
-void PairBlocks<T>::add_gradient(const BlockGradient<T>& gradient, T* grad_mean,
-                                 T* grad_var) const {
+void PairBlocks<T>::gradients(const BlockGradient<T>& gradient, T* grad_mean, T* grad_var) const {
   const GradientBlock<T>& block = gradient.block();
   const BlockRows& rows = block.rows;
   const int64_t work_rows =
@@ -156,6 +166,7 @@ void PairBlocks<T>::add_gradient(const BlockGradient<T>& gradient, T* grad_mean,
   const int64_t unit = std::clamp<int64_t>(vectors_ / num_threads(), 1, kGradientVectors);
   parallel_for(0, (vectors_ + unit - 1) / unit, grain(unit * 2 * pairs),
                [&](int64_t begin, int64_t end) {
+                 const FlushSubnormals flush;
                  const Buffer<T> work(work_rows * 5 * kGradientVectors * kernels_.lanes);
                  kernels_.gradient(rows_, scaling_, block, begin * unit,
                                    std::min(vectors_, end * unit), work.get(), grad_mean, grad_var);

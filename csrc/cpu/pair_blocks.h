@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "pair_kernels.h"
 
@@ -26,12 +27,17 @@ class Buffer {
   std::unique_ptr<T, Delete> data_;
 };
 
-// distance (kTile, kTile) of rows i, i + 1, ... with rows j, j + 1, ...; where i == j, only the
-// part above the diagonal is specified.
+// Up to kTile rows i, i + 1, ... and j, j + 1, ...
+struct TileRows {
+  int64_t i, j, count_i, count_j;
+};
+
+// distance (kTile, kTile) of a tile's rows; where i == j, only the part above the diagonal is
+// specified.
 template <class T>
 struct Tile {
   int64_t index;  // among the tiles of its two blocks
-  int64_t i, j, rows_i, rows_j;
+  TileRows rows;
   const T* distance;
 };
 
@@ -41,19 +47,17 @@ class BlockGradient {
  public:
   explicit BlockGradient(int64_t rows);
 
-  // Starts the block of rows_i x rows_j pairs from (first_i, first_j) on, all zero.
-  void reset(int64_t first_i, int64_t rows_i, int64_t first_j, int64_t rows_j);
+  // Starts a block, all zero.
+  void reset(const BlockRows& rows);
 
-  // Takes grad(i, j) for the pairs i < j of rows i, i + 1, ... and j, j + 1, ..., up to kTile each.
-  // Different tiles may be written at the same time.
+  // Takes grad(i, j) for a tile's pairs i < j. Different tiles may be written at the same time.
   template <class Grad>
-  void write_tile(int64_t i, int64_t j, int64_t rows_i, int64_t rows_j, const Grad& grad) {
-    for (int64_t r = i; r < i + rows_i; ++r)
-      for (int64_t c = j; c < j + rows_j; ++c) {
-        const T g = r < c ? grad(r, c) : T(0);
-        const int64_t part = (r - block_.rows.first_i) / kGradientRows,
-                      local_j = c - block_.rows.first_j;
-        const int64_t lane = (r - block_.rows.first_i) % kGradientRows;
+  void write_tile(const TileRows& tile, const Grad& grad) {
+    for (int64_t i = tile.i; i < tile.i + tile.count_i; ++i)
+      for (int64_t j = tile.j; j < tile.j + tile.count_j; ++j) {
+        const T g = i < j ? grad(i, j) : T(0);
+        const int64_t local_i = i - block_.rows.first_i, local_j = j - block_.rows.first_j;
+        const int64_t part = local_i / kGradientRows, lane = local_i % kGradientRows;
         grad_[(part * block_.rows.count_j + local_j) * kGradientRows + lane] = g;
         if (g != 0) nonzero_[part * tiles_j() + local_j / kTile] = 1;
       }
@@ -69,6 +73,14 @@ class BlockGradient {
   GradientBlock<T> block_;
 };
 
+// Calls visit(a, b) for all blocks a <= b, those with a == b first.
+template <class Visit>
+void for_blocks(int64_t count, const Visit& visit) {
+  for (int64_t a = 0; a < count; ++a) visit(a, a);
+  for (int64_t a = 0; a < count; ++a)
+    for (int64_t b = a + 1; b < count; ++b) visit(a, b);
+}
+
 template <class T>
 class PairBlocks {
  public:
@@ -79,20 +91,18 @@ class PairBlocks {
   int64_t rows(int64_t block) const;
   int64_t max_rows() const { return rows_per_block_; }
 
-  // Number of tiles of blocks a <= b.
-  int64_t tiles(int64_t a, int64_t b) const;
+  BlockRows block(int64_t a, int64_t b) const { return {first(a), rows(a), first(b), rows(b)}; }
+
+  // The tiles of blocks a <= b, in the order in which they are best computed.
+  std::vector<TileRows> tiles(int64_t a, int64_t b) const;
 
   // Calls visit for every tile of blocks a <= b, possibly at the same time on several threads.
   // Distances proven to exceed `limit`, where that is not negative, may be infinity instead.
   void distances(int64_t a, int64_t b, T limit, const std::function<void(const Tile<T>&)>& visit);
 
-  // Calls visit(index, i, j, rows_i, rows_j) for the same tiles, without their distances.
-  void for_tiles(
-      int64_t a, int64_t b, int64_t grain,
-      const std::function<void(int64_t, int64_t, int64_t, int64_t, int64_t)>& visit) const;
-
-  // Adds the gradients of one pair of blocks to grad_mean and grad_var (K, D).
-  void add_gradient(const BlockGradient<T>& gradient, T* grad_mean, T* grad_var) const;
+  // Writes the gradients of a block of pairs of the same rows to grad_mean and grad_var (K, D), or
+  // adds those of a block of pairs of different rows.
+  void gradients(const BlockGradient<T>& gradient, T* grad_mean, T* grad_var) const;
 
  private:
   void pack(int64_t slot, int64_t block);

@@ -83,7 +83,8 @@ struct PairKernels {
   void (*tile)(const Panel<T>& i, const Panel<T>& j, const Scaling<T>& scaling, int64_t rows_i,
                int64_t rows_j, bool upper, T limit, T* distance);
 
-  // Adds the block's gradients for vectors [first, last). `work` holds 5 kGradientVectors vectors
+  // Gradients of a block for vectors [first, last): written where rows i and j are the same, else
+  // added. `work` holds 5 kGradientVectors vectors
   // for each row of either side, their numbers rounded up to kGradientRows.
   void (*gradient)(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
                    int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var);

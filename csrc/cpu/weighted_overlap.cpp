@@ -70,9 +70,10 @@ struct LogSum {
 // Calls use(weight, distance) for the pairs of a tile.
 template <class T, class Use>
 void for_pairs(const Tile<T>& tile, const T* alpha, int64_t k, const Use& use) {
-  for (int64_t r = 0; r < tile.rows_i; ++r)
-    for (int64_t c = tile.i == tile.j ? r + 1 : 0; c < tile.rows_j; ++c)
-      use(alpha[(tile.i + r) * k + tile.j + c], tile.distance[r * kTile + c]);
+  const auto& [i, j, count_i, count_j] = tile.rows;
+  for (int64_t r = 0; r < count_i; ++r)
+    for (int64_t c = i == j ? r + 1 : 0; c < count_j; ++c)
+      use(alpha[(i + r) * k + j + c], tile.distance[r * kTile + c]);
 }
 
 template <class T>
@@ -105,14 +106,13 @@ T weighted_overlap(const T* mean, const T* var, const T* alpha, int64_t k, int64
   const T limit = far_apart<T>(log);
   LogSum overlap;
   std::vector<LogSum> by_tile;
-  for (int64_t a = 0; a < blocks.count(); ++a)
-    for (int64_t b = a; b < blocks.count(); ++b) {
-      by_tile.assign(blocks.tiles(a, b), LogSum());
-      blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
-        by_tile[tile.index] = tile_overlap(tile, alpha, k, log);
-      });
-      for (const LogSum& sum : by_tile) overlap.add(sum);
-    }
+  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
+    by_tile.assign(blocks.tiles(a, b).size(), LogSum());
+    blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
+      by_tile[tile.index] = tile_overlap(tile, alpha, k, log);
+    });
+    for (const LogSum& sum : by_tile) overlap.add(sum);
+  });
   if (!log) return T(overlap.sum / std::max(total, eps));
   return T(std::log(overlap.sum / total) + (overlap.sum == 0 ? 0 : overlap.highest));
 }
@@ -121,34 +121,35 @@ template <class T>
 void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, const T* alpha,
                                int64_t k, int64_t d, double eps, bool log, T* grad_mean,
                                T* grad_var) {
-  std::fill_n(grad_mean, k * d, T(0));
-  std::fill_n(grad_var, k * d, T(0));
   const double total = total_weight(alpha, k);
-  if (log && total == 0) return;
+  if (k < 2 || (log && total == 0)) {
+    std::fill_n(grad_mean, k * d, T(0));
+    std::fill_n(grad_var, k * d, T(0));
+    return;
+  }
   const double scale = -double(grad) / std::max(total, eps);
   PairBlocks<T> blocks(mean, var, k, d, eps);
   BlockGradient<T> gradient(blocks.max_rows());
   const T limit = far_apart<T>(log);
   std::vector<double> by_tile;
   double shares = 0;
-  for (int64_t a = 0; a < blocks.count(); ++a)
-    for (int64_t b = a; b < blocks.count(); ++b) {
-      by_tile.assign(blocks.tiles(a, b), 0);
-      gradient.reset(blocks.first(a), blocks.rows(a), blocks.first(b), blocks.rows(b));
-      blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
-        gradient.write_tile(tile.i, tile.j, tile.rows_i, tile.rows_j, [&](int64_t r, int64_t c) {
-          const T weight = alpha[r * k + c];
-          const T distance = tile.distance[(r - tile.i) * kTile + c - tile.j];
-          if (!log) return T(scale * weight * std::exp(-distance));
-          if (weight == 0) return T(0);
-          const double share = weight / total * std::exp(-double(distance) - double(value));
-          by_tile[tile.index] += share;
-          return T(-grad * share);
-        });
+  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
+    by_tile.assign(blocks.tiles(a, b).size(), 0);
+    gradient.reset(blocks.block(a, b));
+    blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
+      gradient.write_tile(tile.rows, [&](int64_t i, int64_t j) {
+        const T weight = alpha[i * k + j];
+        const T distance = tile.distance[(i - tile.rows.i) * kTile + j - tile.rows.j];
+        if (!log) return T(scale * weight * std::exp(-distance));
+        if (weight == 0) return T(0);
+        const double share = weight / total * std::exp(-double(distance) - double(value));
+        by_tile[tile.index] += share;
+        return T(-grad * share);
       });
-      for (double share : by_tile) shares += share;
-      blocks.add_gradient(gradient, grad_mean, grad_var);
-    }
+    });
+    for (double share : by_tile) shares += share;
+    blocks.gradients(gradient, grad_mean, grad_var);
+  });
   if (log) scale_all(1 / shares, k * d, grad_mean, grad_var);
 }
 
