@@ -20,7 +20,7 @@ import sys
 from glob import glob
 from typing import Any
 
-from setuptools import Command, Extension, setup
+from setuptools import Command, Extension, find_packages, setup
 
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("CWBR_BUILD", "auto")
@@ -55,18 +55,15 @@ def cuda_toolkit() -> str | None:
 def extension() -> tuple[Extension, type[Command]]:
     """The extension module, and the command that builds it."""
     toolkit = cuda_toolkit()
+    from torch.utils import cpp_extension
+
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     if toolkit:
         sources += glob("csrc/cuda/*.cu")
-        os.environ["CUDA_HOME"] = toolkit
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    from torch.utils import cpp_extension
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-    if toolkit:
         cpp_extension.CUDA_HOME = toolkit  # a CPU build of torch does not look for it
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
 
-    class BuildOrWarn(BuildExtension):
+    class BuildOrWarn(cpp_extension.BuildExtension):
         """In mode "auto" a failed compilation becomes a warning and leaves the extension out."""
 
         def build_extensions(self) -> None:
@@ -84,7 +81,7 @@ def extension() -> tuple[Extension, type[Command]]:
     optimize = ["/O2"] if os.name == "nt" else unix
     # The CUDA runtime is linked statically, so that the library also loads where there is none.
     runtime = ["cudart_static", "rt", "dl", "pthread"] if toolkit else []
-    module = CppExtension(
+    module = cpp_extension.CppExtension(
         "cwbr_fused._C",
         sorted(sources),
         depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
@@ -131,7 +128,7 @@ def compiled() -> dict[str, Any]:
 
 
 setup(
-    packages=["cwbr_fused", "cwbr_fused.integrations", "cwbr_fused.triton_kernels"],
+    packages=[*find_packages(include=["cwbr_fused*"]), "cwbr_fused.triton_kernels"],
     package_dir={"cwbr_fused": "cwbr_fused", "cwbr_fused.triton_kernels": "triton_kernels"},
     package_data={"cwbr_fused": ["py.typed"]},
     **compiled(),
