@@ -37,7 +37,7 @@ void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* cl
   std::fill_n(alpha, groups.count * groups.count, T(0));
   const int64_t n = used.size();
   const int64_t cost =
-      (logits.cols + n) * std::max<int64_t>(1, logits.rows / std::max<int64_t>(1, n));
+      (1 + logits.cols + n) * std::max<int64_t>(1, logits.rows / std::max<int64_t>(1, n));
   parallel_for(0, n, std::max<int64_t>(1, kGrain / cost), [&](int64_t first, int64_t last) {
     std::vector<T> sums(n);
     for (int64_t u = first; u < last; ++u) {
