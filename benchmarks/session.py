@@ -96,7 +96,7 @@ class Session:
         """Why this run is not even tried."""
         predicted = provider.predicted_bytes(workload, mode)
         if predicted > MEMORY_LIMIT:
-            return f"out of memory by prediction: {predicted / 1e9:.0f} GB"
+            return f"out of memory by prediction: {predicted / 1e9:.1f} GB"
         slow = self.predicted_seconds(provider, workload, mode)
         return f"too slow by prediction: {slow:.0f} s" if slow > CALL_LIMIT_SECONDS else None
 
