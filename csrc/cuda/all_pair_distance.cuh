@@ -20,10 +20,10 @@ struct WriteDistances {
 #pragma unroll
       for (int b = 0; b < kMicro<A>; ++b) {
         const int64_t i = place.row(a), j = place.column(b);
-        if (i > j || j >= rows) continue;  // mask: tiles on the diagonal, and padded rows
+        if (i >= rows || j >= rows) continue;  // mask: rows are padded
         const A value = i == j ? A{0} : distance_from(sum[a][b]);
         distance[i * rows + j] = value;
-        distance[j * rows + i] = value;
+        if (place.first[0] != place.first[1]) distance[j * rows + i] = value;
       }
     }
   }

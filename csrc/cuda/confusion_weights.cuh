@@ -50,7 +50,7 @@ __device__ PartialSoftmax<accumulate_t<T>> part_of_row(const T* row, int64_t len
   PartialSoftmax<A> part;
   const int64_t misaligned = reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T);
   int64_t head = (WIDTH - misaligned) % WIDTH;
-  if (head > length) head = length;  // mask: a row may end before the first boundary
+  if (head > length) head = length;  // clamp: a row may end before the first boundary
   const int64_t vectors = (length - head) / WIDTH, tail = head + vectors * WIDTH;
   for (int64_t i = rank; i < head; i += team) {
     const A value[1] = {widen(row[i])};
@@ -125,7 +125,6 @@ __global__ void __launch_bounds__(kSoftmaxThreads, 1)
       }
       probs[j] += sum;
     }
-    __syncthreads();
   }
 }
 

@@ -79,7 +79,9 @@ __device__ inline void find_touching(int64_t group, int64_t groups, const int64_
   if (threadIdx.x == 0) touching.start[group] = at;
   for (int first = 0; first < 2 * num_pairs; first += blockDim.x) {
     const int end = first + threadIdx.x;
-    const bool here = end < 2 * num_pairs && pairs[end] == group;  // mask: the last round is short
+    bool here = false;
+    if (end < 2 * num_pairs)  // mask: the last round is short
+      here = pairs[end] == group;
     const Scan scan = block_scan(here, scratch);
     if (here) touching.ends[at + scan.before] = end;
     at += scan.total;

@@ -65,6 +65,16 @@ inline uint64_t random_bits() {
   return z ^ (z >> 31);
 }
 
+// `value` with every bit flipped, which makes 0 a NaN: what a defect puts in its place.
+template <class T>
+T spoiled(T value) {
+  unsigned char bytes[sizeof(T)];
+  memcpy(bytes, &value, sizeof(T));
+  for (unsigned char& byte : bytes) byte = ~byte;
+  memcpy(&value, bytes, sizeof(T));
+  return value;
+}
+
 // Memory full of NaN whose last byte is followed by a page that faults.
 class Guarded {
  public:

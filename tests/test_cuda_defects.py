@@ -1,0 +1,192 @@
+"""Every barrier, mask and neutral value of the CUDA kernels is needed, and the tests notice.
+
+One copy of the kernels holds all the defects of `emulation.defects`; each is woken in turn, in a
+process of its own because it may crash or hang, and the results are compared with the truth.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulation.defects import KINDS, Defect, find_defects, plant
+from emulation.harness import Emulator, compile_emulated
+from torch import Tensor
+
+from cwbr_fused import reference, reference_backward
+
+EPS = 1e-6
+SECONDS = 60
+DEFECTS = find_defects()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_targets(batch: int, classes: int) -> Tensor:
+    return torch.randint(0, classes, (batch,), generator=torch.Generator().manual_seed(batch))
+
+
+Case = tuple[str, tuple[Any, ...]]
+
+
+def group_cases() -> Iterator[Case]:
+    yield "group_by_class", (random_targets(300, 100), 2)
+    yield "group_by_class", (random_targets(37, 13), 3)
+
+
+def moment_cases() -> Iterator[Case]:
+    for dims, dtype in ((7, torch.float32), (520, torch.float64), (8, torch.float16)):
+        order, offsets, _ = reference.group_by_class(random_targets(37, 3), 2)
+        z = random(37, dims, dtype=dtype)
+        mean, var = reference.class_moments(z, order, offsets, EPS)
+        grads = random(*mean.shape, dtype=mean.dtype), torch.ones_like(var)
+        yield "class_moments", (z, order, offsets, EPS)
+        yield "class_moments_backward", (*grads, z, mean, var, order, offsets, EPS)
+
+
+def confusion_cases() -> Iterator[Case]:
+    for batch, columns, dtype in ((90, 13, torch.float64), (150, 3, torch.float16)):
+        groups = reference.group_by_class(random_targets(batch, columns), 2)
+        yield "confusion_weights", (random(batch, columns, dtype=dtype), *groups)
+    groups = reference.group_by_class(torch.zeros(2, dtype=torch.long), 1)
+    yield "confusion_weights", (random(2, 1, dtype=torch.float16), *groups)
+
+
+def top_cases() -> Iterator[Case]:
+    for rows, top_m in ((20, 5), (130, 300), (130, 9000)):
+        yield "top_pairs", (random(rows, rows, dtype=torch.float32), top_m)
+
+
+def list_cases() -> Iterator[Case]:
+    pairs = torch.triu_indices(30, 30, offset=1).T
+    for dims in (6, 520):
+        mean, var = random(30, dims), random(30, dims, seed=1).exp()
+        yield "pair_distance", (mean, var, pairs[:9], EPS)
+        yield "pair_distance_backward", (random(len(pairs)), mean, var, pairs, EPS)
+    yield from regularizer_cases()
+
+
+def regularizer_cases() -> Iterator[Case]:
+    features = [random(60, dims, seed=dims) / dims**0.5 for dims in (40, 7)]
+    plan = reference.plan(random(60, 9), random_targets(60, 9), 17, 2)
+    order, offsets, _, pairs, weights = plan
+    tail = (order, offsets, pairs, weights, EPS, True)
+    _, mean, var, distance = reference.regularizer(features, *tail)
+    one = torch.ones((), dtype=torch.float64)
+    yield "regularizer", (features, *tail)
+    yield "regularizer_backward", (one, features, mean, var, distance, *tail)
+    yield "plan", (random(60, 21), random_targets(60, 21), 11, 2)
+
+
+def tile_cases() -> Iterator[Case]:
+    for rows, dims, dtype in ((70, 40, torch.float32), (40, 17, torch.float64)):
+        mean, var = random(rows, dims, dtype=dtype), random(rows, dims, seed=1).exp().to(dtype)
+        yield "all_pair_distance", (mean, var, EPS)
+        yield "all_pair_distance_backward", (random(rows, rows, dtype=dtype), mean, var, EPS)
+        alpha = random(rows, rows, dtype=dtype).abs()
+        near, one = mean / 5, torch.ones((), dtype=dtype)
+        for log in (False, True):
+            value = reference.weighted_overlap(near, var, alpha, EPS, log)
+            yield "weighted_overlap", (near, var, alpha, EPS, log)
+            yield "weighted_overlap_backward", (one, value, near, var, alpha, EPS, log)
+    far = torch.arange(70.0)[:, None] * torch.ones(1, 200)
+    far[1] = far[0]
+    yield "weighted_overlap", (far, torch.ones(70, 200), torch.ones(70, 70), EPS, False)
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "group_by_class.cuh": group_cases,
+    "class_moments.cuh": moment_cases,
+    "confusion_weights.cuh": confusion_cases,
+    "top_pairs.cuh": top_cases,
+    "pair_distance.cuh": list_cases,
+    "pack_rows.cuh": tile_cases,
+    "pair_tiles.cuh": tile_cases,
+    "pair_tiles_backward.cuh": tile_cases,
+    "all_pair_distance.cuh": tile_cases,
+    "weighted_overlap.cuh": tile_cases,
+}
+
+
+def doubles(args: Any) -> Any:
+    if isinstance(args, Tensor):
+        return args.double() if args.is_floating_point() else args
+    return [doubles(arg) for arg in args] if isinstance(args, (list, tuple)) else args
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for r in results for t in flat(r)]
+
+
+Truth = list[tuple[str, tuple[Any, ...], list[Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, Truth]:
+    """Every file's cases with their results in float64."""
+    found: dict[str, Truth] = {}
+    for file, cases in CASES.items():
+        found[file] = []
+        for name, args in cases():
+            module = reference_backward if name.endswith("_backward") else reference
+            found[file].append((name, args, flat(getattr(module, name)(*doubles(args)))))
+    found["common.cuh"] = [case for file in CASES for case in found[file]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("defects")
+    return compile_emulated(folder / "kernels.so", "-shared", kernels=plant(DEFECTS, folder))
+
+
+def all_right(library: Path, truth: Truth, mutant: int) -> bool:
+    gpu = Emulator(library, processors=40)
+    gpu.mutant = mutant
+    for gpu.seed in range(4):
+        for name, args, expected in truth:
+            for ours, true in zip(flat(getattr(gpu, name)(*args)), expected, strict=True):
+                bound = 1e-4 if ours.dtype != torch.float16 else 4e-3
+                scale = float(true.abs().max()) if true.numel() else 0.0
+                error = (ours.double() - true.double()).abs()
+                if not (error <= bound * scale).all():
+                    return False
+    return True
+
+
+def passes(library: Path, truth: Truth, mutant: int) -> bool:
+    """Whether all results are right, found out in a process that may die or be killed."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(SECONDS)
+        try:
+            os._exit(0 if all_right(library, truth, mutant) else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    return status == 0
+
+
+def test_there_are_defects_of_every_kind_in_every_file() -> None:
+    assert {d.kind for d in DEFECTS} == set(KINDS)
+    assert {d.file for d in DEFECTS} == {*CASES, "common.cuh"}
+
+
+@pytest.mark.parametrize("file", sorted(CASES))
+def test_sleeping_defects_change_nothing(
+    planted: Path, truths: dict[str, Truth], file: str
+) -> None:
+    assert passes(planted, truths[file], -1)
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=str)
+def test_a_defect_is_noticed(planted: Path, truths: dict[str, Truth], defect: Defect) -> None:
+    assert not passes(planted, truths[defect.file], defect.number)
