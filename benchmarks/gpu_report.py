@@ -15,8 +15,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +215,9 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
 VISITS_PER_MUFU = {"_tile_kernel": 4.0, "_rows_backward_kernel": 1.0}
 
 
-def triton_rows(arch: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[Row]:
+def triton_rows(arch: str) -> list[Row]:
     """A row for each kernel and tile size of the Triton backend."""
+    dtypes = (torch.float32, torch.bfloat16) if arch == "sm_90" else (torch.float32,)
     kernels = extension.triton_kernels()
     rows: dict[tuple[Any, ...], Row] = {}
     with compile_only(arch) as compiled:
@@ -254,11 +258,18 @@ def main() -> None:
         sys.exit("gpu_report: unset TRITON_INTERPRET, the interpreter compiles nothing")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument(
+        "--backend", nargs="+", choices=("triton", "cuda"), default=("triton", "cuda")
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    dtypes = (torch.float32, torch.bfloat16)
-    rows = [row for arch in options.arch for row in triton_rows(arch, dtypes)]
-    rows += cuda_rows(options.arch)
+    rows: list[Row] = []
+    if "triton" in options.backend:
+        # A process for each: Triton compiles on one core, and holds one device.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
+            rows += chain.from_iterable(processes.map(triton_rows, options.arch))
+    if "cuda" in options.backend:
+        rows += cuda_rows(options.arch)
     write(rows, options.out)
     print((options.out / "gpu_report.md").read_text())
 

@@ -12,6 +12,7 @@ device) and a last one that adds up the slices.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -268,8 +269,12 @@ def _scale_exponent(eps: float) -> int:
 def launch_partial(mean: Tensor, var: Tensor, eps: float) -> Partial:
     """The distances in parts, and a counter that is 0."""
     mean, var = mean.contiguous(), var.contiguous()
+    start = partial(_launch_tiles, mean, var, eps)
+    return start(tuning.choose("all pairs", (*mean.shape,), tuning.all_pairs(mean.shape[0]), start))
+
+
+def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options) -> Partial:
     groups, dims = mean.shape
-    options = tuning.all_pairs(groups)
     rows, columns = options["ROWS"], options["COLUMNS"]
     grid = (triton.cdiv(groups, rows), triton.cdiv(groups, columns))
     n_tiles = columns // rows * (grid[1] * (grid[1] - 1) // 2) + grid[0]
@@ -327,9 +332,17 @@ def launch_rows_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) for the gradient (K, K) of each pair, symmetric with a zero diagonal."""
     mean, var = mean.contiguous(), var.contiguous()
+    start = partial(_launch_rows_backward, grad, mean, var, eps)
+    return start(
+        tuning.choose("all pairs backward", (*mean.shape,), tuning.all_pairs_backward(), start)
+    )
+
+
+def _launch_rows_backward(
+    grad: Tensor, mean: Tensor, var: Tensor, eps: float, options: tuning.Options
+) -> tuple[Tensor, Tensor]:
     groups, dims = mean.shape
     grad_mean, grad_var = scratch(mean, groups, dims), scratch(mean, groups, dims)
-    options = tuning.all_pairs_backward()
     launch(
         _rows_backward_kernel,
         (triton.cdiv(groups, options["ROWS"]), triton.cdiv(dims, options["BLOCK"])),
@@ -352,17 +365,17 @@ def all_pair_distance(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     groups = mean.shape[0]
     if groups == 0:
         return mean.new_empty(0, 0)
-    partial = launch_partial(mean, var, eps)
+    tiles = launch_partial(mean, var, eps)
     distance = scratch(mean, groups, groups)
     launch(
         _distance_kernel,
-        partial.grid,
-        partial.values,
-        partial.n_tiles,
-        partial.parts,
+        tiles.grid,
+        tiles.values,
+        tiles.n_tiles,
+        tiles.parts,
         groups,
         distance,
-        **partial.options,
+        **tiles.options,
     )
     return distance
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 
 def with_unit_stride(x: Tensor) -> Tensor:
     """x (N, D) itself where its rows are contiguous (whatever their stride), else a copy."""
@@ -50,9 +52,7 @@ def last_to_arrive(counter):
 
 def approximate(x: Tensor) -> bool:
     """Whether the hardware's approximate float32 reciprocal and logarithm are to be used."""
-    if triton.knobs.runtime.interpret or x.dtype != torch.float32:
-        return False
-    return bool(triton.runtime.driver.active.get_current_target().backend == "cuda")
+    return x.dtype == torch.float32 and tuning.architecture().startswith("cuda")
 
 
 @triton.jit

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+import json
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +18,18 @@ Options = dict[str, int]
 # Three warps for each of the four schedulers hide latency behind independent arithmetic; twice
 # that many leave no processor idle at the end.
 WARPS_PER_PROCESSOR = 24
+
+
+# Which candidate was fastest, by name, architecture and sizes; filled only by autotuning.
+_fastest: dict[str, int] = {}
+
+
+def architecture() -> str:
+    """Such as "cuda 90" or "hip gfx942"; "interpreter" where no device compiles the kernels."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"{target.backend} {target.arch}"
 
 
 @cache
@@ -56,13 +73,16 @@ def mean_probs(classes: int) -> Options:
     return {"ROWS": max(4, min(64, 4096 // block)), "BLOCK_C": block, "num_warps": 4}
 
 
-def all_pairs(groups: int) -> Options:
+def all_pairs(groups: int) -> tuple[Options, ...]:
     """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few."""
-    if groups <= 256:
-        return {"ROWS": 16, "COLUMNS": 32, "num_warps": 1}
-    if groups <= 512:
-        return {"ROWS": 16, "COLUMNS": 64, "num_warps": 2}
-    return {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+    narrow = {"ROWS": 16, "COLUMNS": 32, "num_warps": 1}
+    middle = {"ROWS": 16, "COLUMNS": 64, "num_warps": 2}
+    wide = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+    guess = narrow if groups <= 256 else middle if groups <= 512 else wide
+    tiles = (guess, *(t for t in (narrow, middle, wide) if t is not guess))
+    # Left alone, ptxas stops at 168 registers on Blackwell and spills.
+    extra = {"maxnreg": 224} if architecture() == "cuda 100" else {}
+    return tuple(tile | extra for tile in tiles)
 
 
 def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, int]:
@@ -72,6 +92,34 @@ def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, in
     return slice_dims, max(1, min(parts, triton.cdiv(dims, slice_dims)))
 
 
-def all_pairs_backward() -> Options:
+def all_pairs_backward() -> tuple[Options, ...]:
     """A thread holds 4 rows x 4 dimensions; a single warp needs no exchange to share a row."""
-    return {"ROWS": 4, "BLOCK": 128, "num_warps": 1}
+    return (
+        {"ROWS": 4, "BLOCK": 128, "num_warps": 1},
+        {"ROWS": 8, "BLOCK": 128, "num_warps": 1},
+        {"ROWS": 4, "BLOCK": 256, "num_warps": 2},
+    )
+
+
+def choose(
+    name: str, sizes: tuple[int, ...], candidates: tuple[Options, ...], start: Callable[..., Any]
+) -> Options:
+    """The first of the candidates; with CWBR_TRITON_AUTOTUNE=1 the fastest on this device.
+
+    Args:
+        name, sizes: of the problem; times are taken once for each and kept in Triton's cache.
+        start: launches the work with given options. Timing waits for the device, so warm up before
+            capturing a CUDA graph.
+    """
+    if os.environ.get("CWBR_TRITON_AUTOTUNE") != "1":
+        return candidates[0]
+    key = f"{name} {architecture()} {sizes} {candidates}"
+    file = Path(triton.knobs.cache.dir) / "cwbr_fused_autotune.json"
+    if not _fastest and file.exists():
+        _fastest.update(json.loads(file.read_text()))
+    if key not in _fastest:
+        times = [triton.testing.do_bench(partial(start, options)) for options in candidates]
+        _fastest[key] = times.index(min(times))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(_fastest))
+    return candidates[_fastest[key]]

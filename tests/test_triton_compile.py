@@ -1,0 +1,111 @@
+"""Every Triton kernel compiled ahead of time for NVIDIA and AMD, and its machine code examined."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton_inputs import EPS, TRITON, rand
+
+ROOT = Path(__file__).parent.parent
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+Table = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """The report's rows; compiled in a process of its own, where Triton does not interpret."""
+    folder = tmp_path_factory.mktemp("report")
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--backend", "triton"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([*command, "--out", str(folder)], cwd=ROOT, env=environment, check=True)
+    with (folder / "gpu_report.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def kernels_of(source: Path) -> set[str]:
+    """Names of the kernels (not of the functions they call) that a module defines."""
+    functions = [line for line in source.read_text().splitlines() if line.startswith("def ")]
+    return {f[4:].split("(")[0] for f in functions if f[4:].split("(")[0].endswith("_kernel")}
+
+
+def test_every_kernel_compiles_for_every_architecture(report: Table) -> None:
+    written = set().union(*(kernels_of(f) for f in (ROOT / "triton_kernels").glob("*.py")))
+    assert written
+    for arch in ARCHS:
+        assert {row["kernel"].split()[0] for row in report if row["arch"] == arch} == written
+
+
+def test_no_kernel_uses_the_stack_or_spills(report: Table) -> None:
+    offenders = [r for r in report if int(r["stack"]) or int(r["local_accesses"])]
+    assert offenders == []
+
+
+# Instructions, its loads and loop included, and reciprocals and logarithms, for each (i, j, d).
+BUDGET = {("_tile_kernel", "forward"): (10, 0.3), ("_rows_backward_kernel", "backward"): (13, 1)}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("kernel", "direction"), BUDGET, ids=lambda x: str(x))
+def test_inner_loops_keep_their_instruction_budget(
+    report: Table, kernel: str, direction: str, arch: str
+) -> None:
+    instructions, mufu = BUDGET[kernel, direction]
+    rows = [r for r in report if r["kernel"].startswith(kernel) and r["arch"] == arch]
+    assert rows
+    for row in rows:
+        assert row["direction"] == direction
+        assert 0 < float(row["instructions"]) <= instructions
+        assert 0 < float(row["mufu"]) <= mufu
+
+
+def test_autotuning_is_opt_in_takes_the_fastest_and_remembers_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuning: Any = TRITON.tuning
+    timed: list[int] = []
+
+    def do_bench(start: Any) -> float:
+        timed.append(start.args[0]["COLUMNS"])
+        return abs(timed[-1] - 64)
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(tuning, "_fastest", {})
+    candidates = tuning.all_pairs(100)
+
+    def choose() -> Any:
+        return tuning.choose("all pairs", (100, 20), candidates, lambda options: options)
+
+    assert choose() is candidates[0]
+    assert timed == []
+    monkeypatch.setenv("CWBR_TRITON_AUTOTUNE", "1")
+    assert choose()["COLUMNS"] == 64
+    assert timed == [c["COLUMNS"] for c in candidates]
+    tuning._fastest.clear()
+    assert choose()["COLUMNS"] == 64
+    assert len(timed) == len(candidates)
+    assert list(json.loads((tmp_path / "cwbr_fused_autotune.json").read_text()).values()) == [1]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("candidate", [0, 1, 2])
+def test_every_candidate_tile_gives_the_same_distances(
+    candidate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean, var = rand(20, 9, dtype=torch.float64), rand(20, 9, seed=1, dtype=torch.float64)
+    default = TRITON.all_pair_distance(mean, var, EPS)
+    grads = TRITON.all_pair_distance_backward(default, mean, var, EPS)
+    monkeypatch.setattr(TRITON.tuning, "choose", lambda name, sizes, tiles, start: tiles[candidate])
+    torch.testing.assert_close(TRITON.all_pair_distance(mean, var, EPS), default)
+    other = TRITON.all_pair_distance_backward(default, mean, var, EPS)
+    torch.testing.assert_close(other, grads)
