@@ -56,6 +56,21 @@ CWBR_INLINE void store_output(Half* x, Floats v) {
   store_words(x, half | (bits >> 16 & 0x8000));
 }
 
+// x[index[l]] in lane l.
+template <class In>
+CWBR_INLINE auto gather(const In* x, const int64_t* index) {
+  In lanes[kLanes<Accumulate<In>>];
+  for (int l = 0; l < kLanes<Accumulate<In>>; ++l) lanes[l] = x[index[l]];
+  return load_input(lanes);
+}
+#if defined(CWBR_AVX512)
+CWBR_INLINE Floats gather(const float* x, const int64_t* index) {
+  const __m512i low = _mm512_loadu_si512(index), high = _mm512_loadu_si512(index + 8);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_i64gather_ps(low, x, 4)),
+                            _mm512_i64gather_ps(high, x, 4), 1);
+}
+#endif
+
 // The first `count` lanes from memory, `fill` in the others.
 template <class In, class T>
 CWBR_INLINE Vec<T> load_input_first(const In* x, int64_t count, T fill) {
@@ -106,15 +121,24 @@ CWBR_INLINE Vec<T> exp_negative(Vec<T> x) {
   constexpr T log2_high = single ? 0x1.63p-1 : 0x1.62e4p-1;  // times a whole number: exact
   constexpr T log2_low = 0.693147180559945309417 - (single ? 0x1.63p-1 : 0x1.62e4p-1);
   x = x < lowest ? broadcast(lowest) : x;
-  const Vec<T> n = x * T(1.44269504088896340736) + rounder - rounder;
+  const Vec<T> shifted = fma(x, broadcast(T(1.44269504088896340736)), broadcast(rounder));
+  const Vec<T> n = shifted - rounder;
   const Vec<T> r = fma(n, broadcast(-log2_low), fma(n, broadcast(-log2_high), x));
   constexpr int terms = single ? 8 : 14;  // of the series r^k / k!
   constexpr Factorials<T, terms> inverse;
   Vec<T> sum = broadcast(inverse.of[terms - 1]);
   for (int k = terms - 2; k >= 0; --k) sum = fma(sum, r, broadcast(inverse.of[k]));
-  if (!subnormal) return sum * power_of_two<T>(n);
-  const Vec<T> half = n * T(0.5) + rounder - rounder;
-  return sum * power_of_two<T>(half) * power_of_two<T>(n - half);
+  if constexpr (subnormal) {
+    const Vec<T> half = n * T(0.5) + rounder - rounder;
+    return sum * power_of_two<T>(half) * power_of_two<T>(n - half);
+  } else {
+    // n is in the low bits of `shifted`: 2^n has it, added to those of 1, as its exponent.
+    using Integers = typename Types<T>::Integers;
+    constexpr int mantissa_bits = single ? 23 : 52;
+    const Integers exponent = reinterpret_cast<Integers>(shifted) << mantissa_bits;
+    const Integers one = reinterpret_cast<Integers>(broadcast(T(1)));
+    return sum * reinterpret_cast<Vec<T>>(exponent + one);
+  }
 }
 
 // The columns of a row from `first` on: so many whole vectors, or the first `count` lanes of one.
@@ -256,20 +280,17 @@ SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
 template <class In, class T>
 void add_probabilities(const In* logits, SoftmaxStatistics<T> statistics, const int64_t* columns,
                        int64_t n, T* total) {
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const int64_t count = n - j;
-    In chosen[kLanes<T>] = {};
-    for (int l = 0; l < kLanes<T> && l < count; ++l) chosen[l] = logits[columns[j + l]];
-    const Vec<T> probability =
-        exp_negative<T, true>(load_input(chosen) - statistics.max) / statistics.sum;
-    const bool whole = count >= kLanes<T>;
-    const Vec<T> before = whole ? load(total + j) : load_first(total + j, count, T(0));
-    if (whole) {
-      store(total + j, before + probability);
-    } else {
-      store_first(total + j, count, before + probability);
-    }
+  const T scale = T(1) / statistics.sum;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) {
+    const Vec<T> e = exp_negative<T, true>(gather(logits, columns + j) - statistics.max);
+    store(total + j, fma(e, broadcast(scale), load(total + j)));
   }
+  if (j == n) return;
+  int64_t last[kLanes<T>] = {};
+  for (int l = 0; l < n - j; ++l) last[l] = columns[j + l];
+  const Vec<T> e = exp_negative<T, true>(gather(logits, last) - statistics.max);
+  store_first(total + j, n - j, fma(e, broadcast(scale), load_first(total + j, n - j, T(0))));
 }
 
 }  // namespace cwbr::CWBR_ISA
