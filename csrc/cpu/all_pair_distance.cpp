@@ -29,7 +29,7 @@ void all_pair_distance_backward(const T* grad, const T* mean, const T* var, int6
   BlockGradient<T> gradient(blocks.max_rows());
   const auto both = [&](int64_t i, int64_t j) { return grad[i * k + j] + grad[j * k + i]; };
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
-    gradient.reset(blocks.block(a, b));
+    gradient.reset(blocks.block(a, b), T(1));
     const std::vector<TileRows> tiles = blocks.tiles(a, b);
     parallel_for(0, tiles.size(), 256, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) gradient.write_tile(tiles[t], both);

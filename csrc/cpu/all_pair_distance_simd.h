@@ -437,8 +437,8 @@ CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
 // scaled back.
 template <bool Whole, class T>
 CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
-                                 const GradientSide<T>& side, int64_t vector, int vectors, bool add,
-                                 T* grad_mean, T* grad_var) {
+                                 const GradientSide<T>& side, int64_t vector, int vectors, T unit,
+                                 bool add, T* grad_mean, T* grad_var) {
   const auto put = [&](T* at, int64_t left, Vec<T> x) CWBR_LAMBDA_INLINE {
     if (Whole || left >= kLanes<T>)
       store(at, add ? load(at) + x : x);
@@ -451,8 +451,8 @@ CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
       const RowGradient<T>& sums = side.sums[v * side.padded + r];
       const Vec<T> inverse = reciprocal(side.moments[2 * (v * side.padded + r) + 1]);
       const Vec<T> by_var = fma(sums.z, inverse, sums.t2);
-      put(grad_mean + at, rows.d - dim, sums.t * load(scaling.mean + dim) * T(-0.5));
-      put(grad_var + at, rows.d - dim, by_var * load(scaling.var + dim) * T(-0.25));
+      put(grad_mean + at, rows.d - dim, sums.t * load(scaling.mean + dim) * (unit * T(-0.5)));
+      put(grad_var + at, rows.d - dim, by_var * load(scaling.var + dim) * (unit * T(-0.25)));
     }
 }
 
@@ -504,10 +504,13 @@ CWBR_INLINE void gradient_vectors(const Rows<T>& rows, const Scaling<T>& scaling
   for (int v = 0; v < vectors; ++v) add_gradients(block, side_i, side_j, v, shared[v]);
   if (diagonal) {
     join_sums(side_i, side_j, vectors);
-    store_gradients<Whole>(rows, scaling, side_i, first, vectors, false, grad_mean, grad_var);
+    store_gradients<Whole>(rows, scaling, side_i, first, vectors, block.unit, false, grad_mean,
+                           grad_var);
   } else {
-    store_gradients<Whole>(rows, scaling, side_i, first, vectors, true, grad_mean, grad_var);
-    store_gradients<Whole>(rows, scaling, side_j, first, vectors, true, grad_mean, grad_var);
+    store_gradients<Whole>(rows, scaling, side_i, first, vectors, block.unit, true, grad_mean,
+                           grad_var);
+    store_gradients<Whole>(rows, scaling, side_j, first, vectors, block.unit, true, grad_mean,
+                           grad_var);
   }
 }
 

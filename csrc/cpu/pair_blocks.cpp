@@ -63,8 +63,8 @@ BlockGradient<T>::BlockGradient(int64_t rows)
     : grad_(rows * rows), nonzero_(rows / kGradientRows * (rows / kTile)), block_{} {}
 
 template <class T>
-void BlockGradient<T>::reset(const BlockRows& rows) {
-  block_ = {grad_.get(), nonzero_.get(), rows};
+void BlockGradient<T>::reset(const BlockRows& rows, T unit) {
+  block_ = {grad_.get(), nonzero_.get(), rows, unit};
   const int64_t parts = (rows.count_i + kGradientRows - 1) / kGradientRows;
   std::fill_n(nonzero_.get(), parts * tiles_j(), uint8_t(0));
   std::fill_n(grad_.get(), parts * rows.count_j * kGradientRows, T(0));

@@ -47,8 +47,8 @@ class BlockGradient {
  public:
   explicit BlockGradient(int64_t rows);
 
-  // Starts a block, all zero.
-  void reset(const BlockRows& rows);
+  // Starts a block, all zero, of gradients that count in `unit`, a power of two.
+  void reset(const BlockRows& rows, T unit);
 
   // Takes grad(i, j) for a tile's pairs i < j. Different tiles may be written at the same time.
   template <class Grad>

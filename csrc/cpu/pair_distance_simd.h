@@ -84,6 +84,10 @@ CWBR_INLINE PairSums<T> pair_sums(const Rows<T>& rows, int64_t i, int64_t j, T s
   if (!sums.in_range()) {
     sums = PairSums<T>::zero();
     add_pairs<1>(rows, i, j, scale, sums);
+    // The exponents that infinity and NaN have, and zero.
+    constexpr T infinite = sizeof(T) == 4 ? 128 : 1024, zero = 1 - infinite;
+    if (!all((sums.highest < infinite) & (sums.lowest > zero)))
+      sums.both.quadratic = broadcast(std::numeric_limits<T>::quiet_NaN());
   }
   return sums;
 }

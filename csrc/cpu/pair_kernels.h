@@ -63,6 +63,7 @@ struct GradientBlock {
   const T* grad;           // (ceil(count_i / kGradientRows), count_j, kGradientRows)
   const uint8_t* nonzero;  // (ceil(count_i / kGradientRows), ceil(count_j / kTile))
   BlockRows rows;
+  T unit;  // what `grad` counts in
 };
 
 template <class T>

@@ -127,7 +127,9 @@ void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, con
     std::fill_n(grad_var, k * d, T(0));
     return;
   }
-  const double scale = -double(grad) / std::max(total, eps);
+  // Overlaps of far pairs are counted in small units, so that their products do not underflow.
+  const T unit = log ? T(1) : T(0x1p-64);
+  const double scale = -double(grad) / std::max(total, eps) / unit;
   PairBlocks<T> blocks(mean, var, k, d, eps);
   BlockGradient<T> gradient(blocks.max_rows());
   const T limit = far_apart<T>(log);
@@ -135,7 +137,7 @@ void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, con
   double shares = 0;
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
     by_tile.assign(blocks.tiles(a, b).size(), 0);
-    gradient.reset(blocks.block(a, b));
+    gradient.reset(blocks.block(a, b), unit);
     blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
       gradient.write_tile(tile.rows, [&](int64_t i, int64_t j) {
         const T weight = alpha[i * k + j];
