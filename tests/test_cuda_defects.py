@@ -6,6 +6,7 @@ process of its own because it may crash or hang, and the results are compared wi
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -97,6 +98,12 @@ def tile_cases() -> Iterator[Case]:
             value = reference.weighted_overlap(near, var, alpha, EPS, log)
             yield "weighted_overlap", (near, var, alpha, EPS, log)
             yield "weighted_overlap_backward", (one, value, near, var, alpha, EPS, log)
+    # Long enough for several blocks to share a tile, and often enough for one to be overtaken.
+    for dims in range(192, 384, 16):
+        yield "all_pair_distance", (random(20, dims), random(20, dims, seed=1).exp(), EPS)
+    # Where only every sixteenth row is large the exponents depend on all lanes of the packing.
+    uneven = torch.where(torch.arange(70) % 16 == 0, 1.0, 1e-6)[:, None].expand(-1, 40)
+    yield "all_pair_distance", (torch.zeros(70, 40), uneven, EPS)
     far = torch.arange(70.0)[:, None] * torch.ones(1, 200)
     far[1] = far[0]
     yield "weighted_overlap", (far, torch.ones(70, 200), torch.ones(70, 70), EPS, False)
@@ -166,6 +173,7 @@ def passes(library: Path, truth: Truth, mutant: int) -> bool:
     """Whether all results are right, found out in a process that may die or be killed."""
     child = os.fork()
     if child == 0:
+        faulthandler.disable()
         signal.alarm(SECONDS)
         try:
             os._exit(0 if all_right(library, truth, mutant) else 1)

@@ -54,7 +54,8 @@ namespace emulation {
 
 // What one launch needs to know, set by the test.
 inline uint64_t seed = 0;
-inline int mutant = -1;  // which defect, planted by the test into a copy of a kernel, is awake
+inline bool uneven = false;  // whether some warps run ahead of others
+inline int mutant = -1;      // which defect, planted by the test into a copy of a kernel, is awake
 inline const char* failed = nullptr;
 
 inline uint64_t random_bits() {
@@ -143,6 +144,7 @@ struct Fiber : Thread {
 inline std::deque<Fiber> fibers;
 inline std::deque<Block> slots;
 inline std::vector<int> ready;
+inline std::vector<uint64_t> priority;  // by warp of all slots; empty where all are equal
 inline std::vector<unsigned> blocks_to_come;
 inline jmp_buf scheduler;
 inline void (*body)(void*);
@@ -239,6 +241,17 @@ inline void run(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
+inline int next_ready() {
+  size_t next = random_bits() % ready.size();
+  if (!priority.empty())
+    for (size_t i = 0; i < ready.size(); ++i)
+      if (priority[ready[i] / 32] > priority[ready[next] / 32]) next = i;
+  std::swap(ready[next], ready.back());
+  const int fiber = ready.back();
+  ready.pop_back();
+  return fiber;
+}
+
 inline void run_blocks() {
   slots.clear();
   slots.resize(std::min<size_t>(kBlocksUnderWay, blocks_to_come.size()));
@@ -246,12 +259,7 @@ inline void run_blocks() {
   ready.clear();
   for (Block& block : slots) begin_block(block);
   if (_setjmp(scheduler) == 2) return;
-  if (!ready.empty()) {
-    std::swap(ready[random_bits() % ready.size()], ready.back());
-    Fiber& next = fibers[ready.back()];
-    ready.pop_back();
-    run(next);
-  }
+  if (!ready.empty()) run(fibers[next_ready()]);
   for (const Block& block : slots)
     if (block.left > 0) failed = "some threads wait for ever at a barrier";
 }
@@ -315,6 +323,10 @@ void launch(int64_t grid, int threads, size_t shared, Kernel kernel) {
   }
 #ifndef EMULATE_THREADS
   blocks_to_come = order;
+  priority.clear();
+  if (uneven)
+    for (int warp = 0; warp < kBlocksUnderWay * (threads + 31) / 32; ++warp)
+      priority.push_back(random_bits());
   body = [](void* k) { (*static_cast<Kernel*>(k))(); };
   body_argument = &kernel;
   run_blocks();

@@ -56,6 +56,7 @@ extern "C" {
 
 void configure(uint64_t seed, int mutant, int gpu_processors) {
   emulation::seed = seed;
+  emulation::uneven = seed % 2 == 1;
   emulation::mutant = mutant;
   emulation::failed = nullptr;
   processors = gpu_processors;
