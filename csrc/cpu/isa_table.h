@@ -6,6 +6,7 @@
 #include "all_pair_distance_simd.h"
 #include "batch_loops_simd.h"
 #include "pair_distance_simd.h"
+#include "pair_gradients_simd.h"
 
 namespace cwbr::CWBR_ISA {
 
