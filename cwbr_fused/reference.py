@@ -249,7 +249,7 @@ def regularizer(
         value: scalar.
         mean, var: L tensors (K, D_l) each. Rows of groups in no pair of positive weight are not
             specified.
-        distance: (L, M).
+        distance: (L, M). Distances of pairs of weight zero are not specified.
     """
     moments = [class_moments(z, order, offsets, eps) for z in features]
     distance = torch.stack([pair_distance(mean, var, pairs, eps) for mean, var in moments])
