@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test lint format train bench bench-quick bench-compare plots clean
+.PHONY: install test lint format train bench bench-quick bench-compare plots gpu-report gpu-check clean
 
 install: $(READY)
 
@@ -46,6 +46,14 @@ bench-compare: $(READY)
 
 plots: $(READY)
 	$(PY) -m benchmarks.plots
+
+# What the compiled GPU kernels cost by their machine code; needs no GPU.
+gpu-report: $(READY)
+	$(PY) -m benchmarks.gpu_report
+
+# Tests, times, memory and a CUDA graph of both GPU backends; needs a GPU.
+gpu-check: $(READY)
+	$(PY) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info cwbr_fused/_C*.so

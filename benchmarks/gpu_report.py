@@ -142,7 +142,7 @@ def compile_only(arch: str) -> Iterator[list[Any]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    tuning = importlib.import_module(extension.triton_kernels().__name__ + ".tuning")
+    tuning: Any = importlib.import_module(extension.triton_kernels().__name__ + ".tuning")
     compiled: list[Any] = []
     run, processors = JITFunction.run, tuning.processors
 
