@@ -211,8 +211,14 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
 
 
 # Kernel -> (pair, dimension)s for each MUFU instruction of its inner loop, whatever the unrolling:
-# one reciprocal and one logarithm for eight; one reciprocal for each.
-VISITS_PER_MUFU = {"_tile_kernel": 4.0, "_rows_backward_kernel": 1.0}
+# one reciprocal and one logarithm for eight; four reciprocals for each (its logarithm is computed
+# in full precision); one reciprocal for each.
+VISITS_PER_MUFU = {
+    "_tile_kernel": 4.0,
+    "_pair_distance_kernel": 0.25,
+    "_rows_backward_kernel": 1.0,
+    "_pair_distance_backward_kernel": 1.0,
+}
 
 
 def triton_rows(arch: str) -> list[Row]:

@@ -32,14 +32,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, also where 1 + x rounds; (x - (y - 1))/y is what rounding lost."""
-    y = 1 + x
-    lost = tl.where(x < 1, (x - (y - 1)) / y, 0)
-    return tl.log(y) + lost
-
-
-@triton.jit
 def last_to_arrive(counter):
     """Whether this is the last of all programs to get here; all they stored is then visible.
 
@@ -73,3 +65,11 @@ def fast_log2(x, APPROXIMATE: tl.constexpr):
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return tl.log2(x)
+
+
+@triton.jit
+def log1p(x, APPROXIMATE: tl.constexpr):
+    """log(1 + x) for x >= 0, also where 1 + x rounds; (x - (y - 1))/y is what rounding lost."""
+    y = 1 + x
+    lost = tl.where(x < 1, (x - (y - 1)) * fast_reciprocal(y, APPROXIMATE), 0)
+    return tl.log(y) + lost

@@ -12,14 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import launch, log1p, scratch
+from .common import approximate, fast_reciprocal, launch, log1p, scratch
 
 LIST_BLOCK = 1024
 
 
 @triton.jit
-def distance_of_rows(mean, var, i, j, dims, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Bhattacharyya distance of rows i and j: `delta^2/(4 S) + log1p(spread)/4` summed over d."""
+def distance_of_rows(
+    mean, var, i, j, dims, EPS: tl.constexpr, BLOCK: tl.constexpr, APPROXIMATE: tl.constexpr
+):
+    """Bhattacharyya distance of rows i and j: `delta^2/(4 S) + log1p(spread)/4` summed over d.
+
+    With S = u_i + u_j and spread = (u_i - u_j)^2/(4 u_i u_j).
+    """
     total = tl.zeros([BLOCK], mean.dtype.element_ty)
     for first in range(0, dims, BLOCK):
         d = first + tl.arange(0, BLOCK)
@@ -30,17 +35,28 @@ def distance_of_rows(mean, var, i, j, dims, EPS: tl.constexpr, BLOCK: tl.constex
             mean + j * dims + d, mask=inside, other=0
         )
         excess = u_i - u_j
-        spread = (excess / u_i) * (excess / u_j) / 4
-        total += delta * delta / (4 * (u_i + u_j)) + log1p(spread) / 4
-    return tl.sum(total, 0)
+        excess_i = excess * fast_reciprocal(u_i, APPROXIMATE)
+        excess_j = excess * fast_reciprocal(u_j, APPROXIMATE)
+        total += delta * delta * fast_reciprocal(u_i + u_j, APPROXIMATE)
+        total += log1p(excess_i * excess_j / 4, APPROXIMATE)
+    return tl.sum(total, 0) / 4
 
 
 @triton.jit
-def _pair_distance_kernel(mean, var, pairs, distance, dims, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def _pair_distance_kernel(
+    mean,
+    var,
+    pairs,
+    distance,
+    dims,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
     """Program: one pair."""
     pair = tl.program_id(0).to(tl.int64)
     i, j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
-    tl.store(distance + pair, distance_of_rows(mean, var, i, j, dims, EPS, BLOCK))
+    tl.store(distance + pair, distance_of_rows(mean, var, i, j, dims, EPS, BLOCK, APPROXIMATE))
 
 
 @triton.jit
@@ -66,7 +82,19 @@ def list_pairs_of_row(row, pairs, n_pairs, starts, entries, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS: tl.constexpr):
+def row_gradient(
+    row,
+    mean,
+    var,
+    dims,
+    pairs,
+    starts,
+    entries,
+    weights,
+    d,
+    EPS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
     """dL/dmean[row] and dL/dvar[row] at dimensions d, for weights dL/dD of the pairs.
 
     With S = u_i + u_j and t = (mean_i - mean_j)/S: `t/2` and `((u_i - u_j)/(S u_i) - t^2)/4`.
@@ -74,6 +102,7 @@ def row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS: 
     inside = d < dims
     mean_i = tl.load(mean + row * dims + d, mask=inside, other=0)
     u_i = tl.load(var + row * dims + d, mask=inside, other=1) + EPS
+    inverse_i = fast_reciprocal(u_i, APPROXIMATE)
     by_mean = tl.zeros(d.shape, mean_i.dtype)
     by_var = tl.zeros(d.shape, mean_i.dtype)
     for slot in range(tl.load(starts + row), tl.load(starts + row + 1)):
@@ -81,10 +110,10 @@ def row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS: 
         partner = tl.load(pairs + (entry ^ 1))
         weight = tl.load(weights + entry // 2)
         u_j = tl.load(var + partner * dims + d, mask=inside, other=1) + EPS
-        inverse = 1 / (u_i + u_j)
+        inverse = fast_reciprocal(u_i + u_j, APPROXIMATE)
         t = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
         by_mean += weight * t
-        by_var += weight * ((u_i - u_j) * inverse / u_i - t * t)
+        by_var += weight * ((u_i - u_j) * inverse * inverse_i - t * t)
     return by_mean / 2, by_var / 4
 
 
@@ -107,11 +136,14 @@ def _pair_distance_backward_kernel(
     weights,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Program (row, block of dimensions)."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    by_mean, by_var = row_gradient(row, mean, var, dims, pairs, starts, entries, weights, d, EPS)
+    by_mean, by_var = row_gradient(
+        row, mean, var, dims, pairs, starts, entries, weights, d, EPS, APPROXIMATE
+    )
     tl.store(grad_mean + row * dims + d, by_mean, mask=d < dims)
     tl.store(grad_var + row * dims + d, by_var, mask=d < dims)
 
@@ -138,6 +170,7 @@ def pair_distance(mean: Tensor, var: Tensor, pairs: Tensor, eps: float) -> Tenso
         distance,
         dims,
         EPS=eps,
+        APPROXIMATE=approximate(mean),
         **tuning.pair_distance(dims, mean),
     )
     return distance
@@ -166,6 +199,7 @@ def pair_distance_backward(
         entries,
         grad,
         EPS=eps,
+        APPROXIMATE=approximate(mean),
         **options,
     )
     return grad_mean, grad_var

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import launch_moments, store_feature_gradient, store_ungrouped_zeros
-from .common import last_to_arrive, launch, scratch, with_unit_stride
+from .common import approximate, last_to_arrive, launch, scratch, with_unit_stride
 from .pair_distance import (
     LIST_BLOCK,
     distance_of_rows,
@@ -98,6 +98,7 @@ def _value_kernel(
     LOG: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Program (pair, layer): its distance. The last one to finish forms the value."""
     pair = tl.program_id(0).to(tl.int64)
@@ -105,7 +106,7 @@ def _value_kernel(
     for layer in tl.static_range(len(layers)):
         if tl.program_id(1) == layer:
             mean, var, dims = layers[layer]
-            d = distance_of_rows(mean, var, i, j, dims, EPS, BLOCK)
+            d = distance_of_rows(mean, var, i, j, dims, EPS, BLOCK, APPROXIMATE)
             tl.store(distance + layer * n_pairs + pair, d)
     if last_to_arrive(counter):
         overlap = _mean_overlap(len(layers), distance, weights, n_pairs, EPS, LOG, PAIR_BLOCK)
@@ -182,6 +183,7 @@ def _feature_gradient_kernel(
     entries,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     """Program (group, block of dimensions, layer): from pairs to moments to samples."""
     group = tl.program_id(0).to(tl.int64)
@@ -201,6 +203,7 @@ def _feature_gradient_kernel(
                 grad_distance + layer * n_pairs,
                 d,
                 EPS,
+                APPROXIMATE,
             )
             store_feature_gradient(
                 by_mean,
@@ -252,6 +255,7 @@ def regularizer(
         EPS=eps,
         LOG=log,
         PAIR_BLOCK=PAIR_BLOCK,
+        APPROXIMATE=approximate(mean[0]),
         **tuning.pair_distance(widest, mean[0]),
     )
     return value, mean, var, distance
@@ -317,6 +321,7 @@ def regularizer_backward(
         starts,
         entries,
         EPS=eps,
+        APPROXIMATE=approximate(mean[0]),
         **options,
     )
     return gradients
