@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test lint format train bench bench-quick bench-compare plots gpu-report gpu-check clean
+.PHONY: install test lint format train sanitize gpu-report gpu-check bench bench-quick bench-compare plots clean
 
 install: $(READY)
 
@@ -32,6 +32,10 @@ format: $(READY)
 
 train: $(READY)
 	$(PY) examples/train_fgvc.py --compare ce plain --out runs/glyphs
+
+# The CPU kernels alone, under the address, undefined-behaviour and thread sanitizers.
+sanitize:
+	$(MAKE) -C tests/cpp
 
 # Resumes where an earlier run ended. Wants a quiet machine.
 bench: $(READY)
