@@ -230,7 +230,9 @@ def triton_rows(arch: str) -> list[Row]:
         for dtype in dtypes:
             for call in call_every_operation(kernels, dtype):
                 for kernel, binary, options in compiled:
-                    tiles = [f"{k}={v}" for k, v in options.items() if k in ("ROWS", "COLUMNS")]
+                    tiles = [
+                        f"{k}={v}" for k, v in options.items() if k in ("ROWS", "COLUMNS", "LOG")
+                    ]
                     name = " ".join((kernel.fn.__name__, str(dtype).removeprefix("torch."), *tiles))
                     key = (kernel.fn.__name__, binary.hash)
                     if key not in rows:
@@ -242,7 +244,8 @@ def triton_rows(arch: str) -> list[Row]:
                         }
                         rows[key] = _triton_row(kernel.fn.__name__, binary, arch, labels)
                 compiled.clear()
-    return list(rows.values())
+    # Some specialisations differ in nothing that is reported.
+    return list(dict.fromkeys(rows.values()))
 
 
 def _triton_row(name: str, binary: Any, arch: str, labels: dict[str, str]) -> Row:

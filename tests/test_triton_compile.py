@@ -68,6 +68,25 @@ def test_inner_loops_keep_their_instruction_budget(
         assert 0 < float(row["mufu"]) <= mufu
 
 
+@pytest.mark.parametrize(("arch", "code"), [("sm_90", "ptx"), ("gfx942", "amdgcn")])
+def test_a_class_outside_the_logits_traps_on_the_device_in_production(arch: str, code: str) -> None:
+    """The assertion is in the machine code, without any debug setting."""
+    script = (
+        "import torch; from benchmarks.gpu_report import compile_only, extension\n"
+        f"with compile_only({arch!r}) as compiled:\n"
+        "    targets = torch.zeros(9, dtype=torch.int64)\n"
+        "    extension.triton_kernels().plan(torch.zeros(9, 3), targets, 4, 2)\n"
+        "codes = {k.fn.__name__: b.asm for k, b, _ in compiled}\n"
+        f"print(codes['_rank_kernel'][{code!r}])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    trap = "__assertfail" if arch == "sm_90" else "s_trap"
+    assert trap in run.stdout
+
+
 def test_autotuning_is_opt_in_takes_the_fastest_and_remembers_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
