@@ -1,0 +1,110 @@
+// Runs operations once on real threads, for ThreadSanitizer: races OPERATION [DEFECT].
+//
+// The numbers do not matter here, only who touches them when.
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "operations.cpp"
+
+namespace {
+
+std::mt19937 generator(1);
+
+std::vector<float> floats(size_t count, float low = -1) {
+  std::uniform_real_distribution<float> draw(low, 1);
+  std::vector<float> values(count);
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+std::vector<int64_t> classes_of(int64_t batch, int64_t classes) {
+  std::vector<int64_t> values(batch);
+  for (int64_t& value : values) value = generator() % classes;
+  return values;
+}
+
+constexpr int kFloat = 1;
+constexpr double kEps = 1e-6;
+
+// A batch with its plan, features and moments, and rows for all pairs.
+struct Problem {
+  int64_t batch = 70, classes = 9, groups = batch / 2, dims = 9, rows = 70, top_m = 20;
+  std::vector<int64_t> targets = classes_of(batch, classes), order, offsets, present, pairs;
+  std::vector<float> logits = floats(batch * classes), z = floats(batch * dims), mean, var, alpha;
+  std::vector<float> weights, distance, grad;
+  float value = 0, one = 1;
+
+  Problem() : order(batch), offsets(groups + 1), present(groups), pairs(2 * top_m), weights(top_m) {
+    mean = floats(rows * 40);
+    var = floats(rows * 40, 0.1f);
+    alpha = floats(rows * rows, 0);
+    distance = floats(rows * rows);
+    grad = floats(rows * rows);
+    run_plan(kFloat, logits.data(), classes, targets.data(), batch, 2, top_m, order.data(),
+             offsets.data(), present.data(), pairs.data(), weights.data());
+  }
+
+  void plan() {}  // done above
+
+  void moments() {
+    std::vector<float> m(groups * dims), v(groups * dims), g = floats(batch * dims);
+    run_class_moments(kFloat, z.data(), dims, order.data(), offsets.data(), groups, batch, kEps,
+                      m.data(), v.data());
+    run_class_moments_backward(kFloat, m.data(), v.data(), z.data(), dims, m.data(), v.data(),
+                               order.data(), offsets.data(), groups, batch, kEps, g.data());
+    run_confusion_weights(kFloat, logits.data(), classes, order.data(), offsets.data(),
+                          present.data(), groups, alpha.data());
+  }
+
+  void pair_lists() {
+    std::vector<float> grad_mean(rows * 40), grad_var(rows * 40);
+    run_pair_distance(kFloat, mean.data(), var.data(), rows, 40, pairs.data(), top_m, kEps,
+                      distance.data());
+    run_pair_distance_backward(kFloat, grad.data(), mean.data(), var.data(), rows, 40, pairs.data(),
+                               top_m, kEps, grad_mean.data(), grad_var.data());
+  }
+
+  void all_pairs() {
+    std::vector<float> grad_mean(rows * 40), grad_var(rows * 40);
+    run_all_pair_distance(kFloat, mean.data(), var.data(), rows, 40, kEps, distance.data());
+    run_all_pair_distance_backward(kFloat, grad.data(), mean.data(), var.data(), rows, 40, kEps,
+                                   grad_mean.data(), grad_var.data());
+  }
+
+  void overlap() {
+    std::vector<float> grad_mean(rows * 40), grad_var(rows * 40);
+    for (const int log : {0, 1}) {
+      run_weighted_overlap(kFloat, mean.data(), var.data(), alpha.data(), rows, 40, kEps, log,
+                           &value);
+      run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(),
+                                    rows, 40, kEps, log, grad_mean.data(), grad_var.data());
+    }
+  }
+
+  void regularizer() {
+    std::vector<float> m(groups * dims), v(groups * dims), g(batch * dims);
+    void *features = z.data(), *means = m.data(), *vars = v.data(), *grads = g.data();
+    run_regularizer(kFloat, &features, &dims, 1, order.data(), offsets.data(), groups, batch,
+                    pairs.data(), top_m, weights.data(), kEps, 1, &value, &means, &vars,
+                    distance.data());
+    run_regularizer_backward(kFloat, &one, &features, &dims, 1, &means, &vars, distance.data(),
+                             order.data(), offsets.data(), groups, batch, pairs.data(), top_m,
+                             weights.data(), kEps, 1, &grads);
+  }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string operation = count > 1 ? arguments[1] : "";
+  configure(1, count > 2 ? atoi(arguments[2]) : -1, 2);
+  Problem problem;
+  if (operation == "plan") problem.plan();
+  if (operation == "moments") problem.moments();
+  if (operation == "pair_lists") problem.pair_lists();
+  if (operation == "all_pairs") problem.all_pairs();
+  if (operation == "overlap") problem.overlap();
+  if (operation == "regularizer") problem.regularizer();
+  puts("done");
+}
