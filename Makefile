@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test lint format train sanitize gpu-report gpu-check bench bench-quick bench-compare plots clean
+.PHONY: install test lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots clean
 
 install: $(READY)
 
@@ -36,6 +36,22 @@ train: $(READY)
 # The CPU kernels alone, under the address, undefined-behaviour and thread sanitizers.
 sanitize:
 	$(MAKE) -C tests/cpp
+
+# The hostile tests with new examples, N per test, on an extension built with the address and
+# undefined-behaviour sanitizers. Compiles for about three minutes.
+N ?= 5000
+SANITIZED := build/sanitize/package
+soak: $(READY)
+	CWBR_BUILD=cpu CFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer" \
+		LDFLAGS="-fsanitize=address,undefined" $(PY) setup.py -q build \
+		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib CWBR_HOSTILE_EXAMPLES=$(N) \
+		$(VENV)/bin/pytest tests/test_hostile.py tests/test_hostile_pairs.py -k cpu
+
+# The API reference, into build/docs.
+docs: $(READY)
+	$(PY) docs/generate.py build/docs
 
 # Resumes where an earlier run ended. Wants a quiet machine.
 bench: $(READY)

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -332,6 +333,8 @@ std::vector<Tensor> regularizer_backward_op(const Tensor& grad, const std::vecto
   });
 }
 
+std::string cpu_isa_op() { return isa_name(); }
+
 }  // namespace
 }  // namespace cwbr
 
@@ -350,4 +353,11 @@ STABLE_TORCH_LIBRARY_IMPL(cwbr_fused, CPU, m) {
   m.impl("weighted_overlap_backward", TORCH_BOX(&cwbr::weighted_overlap_backward_op));
   m.impl("regularizer", TORCH_BOX(&cwbr::regularizer_op));
   m.impl("regularizer_backward", TORCH_BOX(&cwbr::regularizer_backward_op));
+}
+
+// For `python -m cwbr_fused.info`: a fact of this build, not an operation of schema.py.
+STABLE_TORCH_LIBRARY(cwbr_fused_build, m) { m.def("cpu_isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(cwbr_fused_build, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cwbr::cpu_isa_op));
 }

@@ -55,6 +55,7 @@ def check_index_tensor(name: str, value: object, length: int | None, what: str) 
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` on the device of `other`."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
@@ -62,6 +63,7 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 
 def check_eps(eps: object) -> None:
+    """A finite number above 0."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"eps: expected a number, got {describe(eps)}")
     if not (eps > 0 and math.isfinite(eps)):
@@ -69,6 +71,7 @@ def check_eps(eps: object) -> None:
 
 
 def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
+    """An int >= 1; `otherwise` names what else the caller takes."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int{otherwise}, got {describe(value)}")
     if value < 1:
@@ -76,6 +79,7 @@ def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
 
 
 def check_options(top_m: object, eps: object, objective: object, min_count: object = 1) -> None:
+    """The keywords of `cwbr_fused.loss` that every function of its kind shares."""
     if top_m is not None:
         check_positive_int("top_m", top_m, " or None for all pairs")
     check_positive_int("min_count", min_count)
