@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kTileThreads)
   RowStage<A>* packed = in.packed + int64_t{stage} * in.padded_rows;
   for (int row = threadIdx.x / kStage; row < in.padded_rows; row += kTileSide) {
     Moment<A> moment = neutral_moment<A>();  // neutral: equal rows are at distance zero
-    if (row < in.rows && dim < in.dims)  // mask: rows and dimensions are padded
+    if (row < in.rows && dim < in.dims)      // mask: rows and dimensions are padded
       moment = {mean[row * in.dims + dim] * mean_down, (var[row * in.dims + dim] + eps) * down};
     packed[row].moments[d] = moment;
   }
