@@ -90,7 +90,8 @@ def extension() -> tuple[Extension, type[Command]]:
             "cxx": [*target, *optimize],
             "nvcc": [*target, "-DUSE_CUDA", "-O3", "-std=c++20"],
         },
-        library_dirs=[os.path.join(toolkit, "lib64")] if toolkit else [],
+        # lib64 in an installed toolkit, lib in NVIDIA's wheels.
+        library_dirs=[os.path.join(toolkit, lib) for lib in ("lib64", "lib")] if toolkit else [],
         libraries=runtime,
         py_limited_api=True,
     )

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def resource_usage(library: Path) -> Usage:
 Instructions = list[tuple[int, str]]
 
 
+@lru_cache(maxsize=8)
 def disassembly(library: Path, arch: str) -> dict[str, Instructions]:
     """(address, instruction) of every kernel, by mangled name."""
     kernels: dict[str, Instructions] = {}
@@ -131,28 +133,70 @@ def disassembly(library: Path, arch: str) -> dict[str, Instructions]:
     return kernels
 
 
-def innermost_loops(body: Instructions) -> Iterator[list[str]]:
-    """The opcodes of every loop that contains no other."""
-    loops = []
+Loop = tuple[int, int]
+
+
+def loops(body: Instructions) -> list[Loop]:
+    """First and last address of every loop."""
+    found = []
     for address, instruction in body:
         target = re.match(r"BRA\b.*?0x([0-9a-f]+)", instruction)
         if target and int(target[1], 16) <= address:
-            loops.append((int(target[1], 16), address))
-    for first, last in loops:
-        if not any(first <= f and end <= last and (f, end) != (first, last) for f, end in loops):
-            yield [i.split()[0] for at, i in body if first <= at <= last]
+            found.append((int(target[1], 16), address))
+    return found
+
+
+def within(inner: Loop, outer: Loop) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1] and inner != outer
+
+
+def opcodes(body: Instructions, loop: Loop) -> list[str]:
+    return [instruction.split()[0] for at, instruction in body if loop[0] <= at <= loop[1]]
+
+
+def innermost_loops(body: Instructions) -> Iterator[list[str]]:
+    """The opcodes of every loop that contains no other."""
+    found = loops(body)
+    for loop in found:
+        if not any(within(other, loop) for other in found):
+            yield opcodes(body, loop)
+
+
+def count(ops: list[str], name: str) -> int:
+    return sum(op.split(".")[0] == name for op in ops)
+
+
+def _pair_loops(body: Instructions) -> list[list[str]]:
+    """The opcodes of the innermost loops over pairs and dimensions, fewest MUFU for each first."""
+    found = [o for o in innermost_loops(body) if count(o, "FADD") >= 16 and count(o, "MUFU") >= 8]
+    return sorted(found, key=lambda ops: count(ops, "MUFU") / count(ops, "FADD"))
 
 
 def pair_loop(body: Instructions) -> tuple[float, float] | None:
     """Instructions and MUFU per (pair, dimension) of the loop where pairs share a denominator, or
     of the only loop over pairs and dimensions."""
-    costs = []
-    for loop in innermost_loops(body):
-        opcodes = [op.split(".")[0] for op in loop]
-        pair_dimensions = opcodes.count("FADD") / 2
-        if pair_dimensions >= 8 and opcodes.count("MUFU") >= 8:
-            costs.append((len(loop) / pair_dimensions, opcodes.count("MUFU") / pair_dimensions))
-    return min(costs, key=lambda cost: cost[1]) if costs else None
+    for ops in _pair_loops(body)[:1]:
+        pair_dimensions = count(ops, "FADD") / 2
+        return len(ops) / pair_dimensions, count(ops, "MUFU") / pair_dimensions
+    return None
+
+
+def stage_instructions(library: Path, arch: str) -> Iterator[float]:
+    """Instructions per (pair, dimension) of a whole stage, for each float32 kernel over tiles.
+
+    A stage is the smallest loop around the two ways to add one up, of which one runs, two turns.
+    """
+    for name, body in disassembly(library, arch).items():
+        if "11tile_kernelIf" not in name:
+            continue
+        ways = _pair_loops(body)
+        around = [opcodes(body, loop) for loop in loops(body)]
+        stage = min(
+            (ops for ops in around if count(ops, "MUFU") == sum(count(w, "MUFU") for w in ways)),
+            key=len,
+        )
+        once = len(stage) - sum(len(ops) for ops in ways)
+        yield (once + 2 * len(ways[0])) / count(ways[0], "FADD")
 
 
 def _key(plain: str) -> str | None:

@@ -388,6 +388,22 @@ def test_a_batch_without_groups_regularizes_to_zero(gpu: Emulator) -> None:
     assert (grad == 0).all()
 
 
+def test_nothing_in_gives_nothing_out(gpu: Emulator) -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    check(gpu, "group_by_class", none, 2)
+    groups = gpu.group_by_class(torch.tensor([1]), 2)
+    check(gpu, "class_moments", torch.ones(1, 3), *groups[:2], EPS)
+    check(gpu, "confusion_weights", torch.ones(1, 3), *groups)
+    for rows, dims in ((0, 3), (1, 3), (5, 0)):
+        mean, var, alpha = torch.zeros(rows, dims), torch.ones(rows, dims), torch.ones(rows, rows)
+        check(gpu, "all_pair_distance", mean, var, EPS)
+        check(gpu, "pair_distance", mean, var, torch.zeros(0, 2).long(), EPS)
+        for log in (False, True):
+            value = check(gpu, "weighted_overlap", mean, var, alpha, EPS, log)
+            args = (torch.ones(()), value, mean, var, alpha, EPS, log)
+            check(gpu, "weighted_overlap_backward", *args)
+
+
 def test_results_do_not_depend_on_the_order_of_threads_or_blocks() -> None:
     mean, var = moments(70, 90, torch.float32)
     alpha, grad = random(70, 70, dtype=torch.float32).abs(), random(12, dtype=torch.float32)

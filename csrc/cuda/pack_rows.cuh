@@ -174,12 +174,13 @@ __device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in,
       low = -larger(-low, -shared.low[other][d]);
       high = larger(high, shared.high[other][d]);
     }
+    const bool used = dim < in.dims && in.rows > 0;
     constexpr int64_t kOffset = 2000;  // makes the division round down
-    int exponent = static_cast<int>((total + kOffset * in.rows) / in.rows - kOffset + 2) & ~1;
+    int exponent = 0;
+    if (used) exponent = static_cast<int>((total + kOffset * in.rows) / in.rows - kOffset + 2) & ~1;
     const int limit = kMaxExponent<A>;
     exponent = exponent < -limit ? -limit : exponent > limit ? limit : exponent;
-    const bool used = dim < in.dims;
-    shared.exponent[d] = exponent = used ? exponent : 0;
+    shared.exponent[d] = exponent;
     in.exponent[dim] = exponent;
     // Bounds on the exponents of S above and below, and of the largest (m_i - m_j)^2.
     shared.up[d] = used && most - exponent + 2 > 0 ? most - exponent + 2 : 0;

@@ -145,7 +145,8 @@ template <class A, class Launcher>
 TileJob<A> pack_tiles(Launcher& launch, const A* mean, const A* var, int64_t rows, int64_t dims,
                       double eps, const A* alpha, A* row_weight) {
   TileJob<A> job;
-  const int across = static_cast<int>(ceil_div<int64_t>(rows, kTileRows<A>));
+  // One tile of padding where there are no rows, so that there is a block to write the result.
+  const int across = rows > 0 ? static_cast<int>(ceil_div<int64_t>(rows, kTileRows<A>)) : 1;
   job.tiles = across * (across + 1) / 2;
   TileInput<A>& in = job.in;
   in.rows = static_cast<int>(rows);
@@ -156,7 +157,7 @@ TileJob<A> pack_tiles(Launcher& launch, const A* mean, const A* var, int64_t row
   in.wide = launch.template scratch<int>(in.stages);
   in.exponent = launch.template scratch<int>(int64_t{in.stages} * kStage);
 
-  const int wanted = ceil_div(2 * launch.processors(), job.tiles > 0 ? job.tiles : 1);
+  const int wanted = ceil_div(2 * launch.processors(), job.tiles);
   const int most = in.stages < 4 ? 1 : in.stages / 4;
   Splits<A>& splits = job.splits;
   splits.count = wanted < most ? wanted : most;
