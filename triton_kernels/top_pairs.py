@@ -1,9 +1,9 @@
 """The M pairs of largest weight in one launch: radix selection, then ranking by counting.
 
 A weight becomes an unsigned key of the same order, so that the M-th largest key is found exactly,
-eight bits at a time, from histograms. Keys above it are taken, and keys equal to it in the order
-of (i, j) until there are M. Every program repeats the selection, which is cheap, and ranks its own
-share of the M chosen pairs against all of them, which is not.
+eight bits at a time, from histograms over all pairs. Keys above it are taken, and keys equal to it
+in the order of (i, j) until there are M. Every program repeats the selection, which is cheap, and
+ranks its own share of the M chosen pairs against all of them, which is not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .common import launch, scratch
 
-BLOCK = 4096
+BLOCK_BYTES = 16384
 SHARE = 128
 WARPS = 16
+DIGIT = tl.constexpr(8)
+BINS = tl.constexpr(256)
 
 
 @triton.jit
@@ -27,6 +29,20 @@ def _key(weight, UNSIGNED: tl.constexpr, BITS: tl.constexpr):
     bits = (weight + 0.0).to(UNSIGNED, bitcast=True)
     key = tl.where((bits >> (BITS - 1)) != 0, ~bits, bits | SIGN)
     return tl.where(weight != weight, ~(bits ^ bits), key)
+
+
+@triton.jit
+def _pair(p, n):
+    """(i, j) of the p-th pair i < j of n < 2^15 rows, row by row.
+
+    Counted from the end, the row that is r-th from the last begins at r (r + 1)/2.
+    """
+    q = tl.maximum(n * (n - 1) // 2 - 1 - p, 0)
+    r = ((tl.sqrt(8.0 * q.to(tl.float32) + 1) - 1) / 2).to(tl.int32)
+    # The root may be off by a rounding error, hence r by one.
+    r = tl.where(r * (r + 1) // 2 > q, r - 1, r)
+    r = tl.where((r + 1) * (r + 2) // 2 <= q, r + 1, r)
+    return n - 2 - r, n - 1 - q + r * (r + 1) // 2
 
 
 @triton.jit
@@ -50,27 +66,71 @@ def _count_used(classes, groups, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _threshold(keys, n_keys, wanted, zero_key, n_zeros, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The key of rank `wanted` from above, and how many equal to it are wanted.
+def _pair_keys(
+    matrix,
+    first,
+    n,
+    groups,
+    used,
+    MEAN_PROBS: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Indices (i groups + j), weights, keys and validity of pairs first to first + BLOCK of n."""
+    p = first + tl.arange(0, BLOCK)
+    valid = p < n * (n - 1) // 2
+    i, j = _pair(p, n)
+    weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
+    return i * groups + j, weight, _key(weight, UNSIGNED, BITS), valid
 
-    Among `keys` (a key of 0 is no key) and `n_zeros` more pairs that all have `zero_key`.
+
+@triton.jit
+def _threshold(
+    matrix,
+    keys,
+    wanted,
+    groups,
+    used,
+    MEAN_PROBS: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The key of rank `wanted` from above, and how many keys equal to it are wanted.
+
+    The pairs of used groups are looked at, in the first pass by their weights, then by `keys`;
+    all others have weight zero. A key of 0 is no key.
     """
-    digits = tl.arange(0, 256)
+    n_pairs = used * (used - 1) // 2
+    n_zeros = groups * (groups - 1) // 2 - n_pairs
+    zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
+    bins = tl.arange(0, BINS)
     prefix = zero_key ^ zero_key
-    for place in tl.static_range(BITS - 8, -1, -8):
-        zero_digit = ((zero_key >> place) & 255).to(tl.int32)
-        # The prefix starts as 0 and a shift by all bits is undefined, hence two shifts.
-        zero_matches = ((zero_key >> place) >> 8) == prefix
-        count = tl.where((digits == zero_digit) & zero_matches, n_zeros, 0)
-        for first in range(0, n_keys, BLOCK):
+    for place in tl.static_range(BITS - DIGIT, -1, -DIGIT):
+        # Two shifts, because a shift by all bits at once is undefined.
+        zero_matches = ((zero_key >> place) >> DIGIT) == prefix
+        zero_digit = ((zero_key >> place) & (BINS - 1)).to(tl.int32)
+        count = tl.where((bins == zero_digit) & zero_matches, n_zeros, 0)
+        for first in range(0, n_pairs, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            key = tl.load(keys + at, mask=at < n_keys, other=0)
-            counted = (key != 0) & (((key >> place) >> 8) == prefix)
-            count += tl.histogram(((key >> place) & 255).to(tl.int32), 256, mask=counted)
+            if place == BITS - DIGIT:
+                _, _, key, valid = _pair_keys(
+                    matrix, first, used, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+                )
+                key = tl.where(valid, key, 0)
+                tl.store(keys + at, key, mask=valid)
+            else:
+                key = tl.load(keys + at, mask=at < n_pairs, other=0)
+            matches = (key != 0) & (((key >> place) >> DIGIT) == prefix)
+            digit = ((key >> place) & (BINS - 1)).to(tl.int32)
+            count += tl.histogram(digit, BINS, mask=matches)
+        if place == BITS - DIGIT:
+            tl.debug_barrier()
         from_here_up = tl.sum(count, 0) - tl.cumsum(count, 0) + count
-        digit = tl.max(tl.where(from_here_up >= wanted, digits, 0), 0)
-        wanted -= tl.sum(tl.where(digits > digit, count, 0), 0)
-        prefix = (prefix << 8) | digit.to(prefix.dtype)
+        chosen = tl.max(tl.where(from_here_up >= wanted, bins, 0), 0)
+        wanted -= tl.sum(tl.where(bins > chosen, count, 0), 0)
+        prefix = (prefix << DIGIT) | chosen.to(prefix.dtype)
     return prefix, wanted
 
 
@@ -95,34 +155,25 @@ def _top_pairs_kernel(
     used = groups
     if MEAN_PROBS:
         used = _count_used(classes, groups, BLOCK)
-    for first in range(0, used * used, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        i, j = at // used, at % used
-        valid = (at < used * used) & (i < j)
-        weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
-        key = tl.where(valid, _key(weight, UNSIGNED, BITS), 0)
-        tl.store(keys + at, key, mask=at < used * used)
-    tl.debug_barrier()
-    zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
-    n_zeros = (groups * (groups - 1) - used * (used - 1)) // 2
-    limit, wanted_equal = _threshold(keys, used * used, top_m, zero_key, n_zeros, BITS, BLOCK)
+    limit, wanted_equal = _threshold(
+        matrix, keys, top_m, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+    )
 
-    # Pairs with unused classes are wanted only where pairs of weight zero are.
-    width = tl.where(limit > zero_key, used, groups)
+    # Pairs with unused groups are wanted only where pairs of weight zero are.
+    zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
+    n = tl.where(limit > zero_key, used, groups)
     first = 0
     n_chosen = 0
     n_equal = 0
     while n_chosen < top_m:
-        at = first + tl.arange(0, BLOCK)
-        i, j = at // width, at % width
-        valid = (at < width * groups) & (i < j)
-        weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
-        key = _key(weight, UNSIGNED, BITS)
+        index, weight, key, valid = _pair_keys(
+            matrix, first, n, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+        )
         equal = (valid & (key == limit)).to(tl.int32)
         equal_rank = n_equal + tl.cumsum(equal, 0)
         take = valid & ((key > limit) | ((key == limit) & (equal_rank <= wanted_equal)))
         slot = n_chosen + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(chosen + slot, i * groups + j, mask=take)
+        tl.store(chosen + slot, index, mask=take)
         tl.store(chosen_weights + slot, weight, mask=take)
         n_chosen += tl.sum(take.to(tl.int32), 0)
         n_equal += tl.sum(equal, 0)
@@ -133,8 +184,8 @@ def _top_pairs_kernel(
     weight = tl.load(chosen_weights + slot, mask=slot < top_m, other=0)
     key = _key(weight, UNSIGNED, BITS)
     rank = tl.zeros([SHARE], tl.int32)
-    for first in range(0, top_m, SHARE):
-        other_slot = first + tl.arange(0, SHARE)
+    for first_other in range(0, top_m, SHARE):
+        other_slot = first_other + tl.arange(0, SHARE)
         other_weight = tl.load(chosen_weights + other_slot, mask=other_slot < top_m, other=0)
         other = tl.where(other_slot < top_m, _key(other_weight, UNSIGNED, BITS), 0)[None, :]
         ahead = (other == key[:, None]) & (other_slot[None, :] < slot[:, None])
@@ -152,7 +203,7 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
     pairs = scratch(matrix, top_m, 2, dtype=torch.int64)
     weights = scratch(matrix, top_m)
     double = matrix.dtype == torch.float64
-    keys = scratch(matrix, groups * groups, dtype=torch.int64 if double else torch.int32)
+    keys = scratch(matrix, groups * (groups - 1) // 2, dtype=torch.int64 if double else torch.int32)
     launch(
         _top_pairs_kernel,
         (triton.cdiv(top_m, SHARE),),
@@ -168,7 +219,7 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
         MEAN_PROBS=classes is not None,
         UNSIGNED=tl.uint64 if double else tl.uint32,
         BITS=64 if double else 32,
-        BLOCK=BLOCK,
+        BLOCK=BLOCK_BYTES // matrix.element_size(),
         SHARE=SHARE,
         num_warps=WARPS,
     )
