@@ -179,7 +179,7 @@ COUNTS = {"cpu": 400, "reference": 150, "triton": 8}
 def test_no_moments_get_a_silently_wrong_answer(
     check: Callable[[Moments, str], None], backend: str
 ) -> None:
-    @examples(COUNTS[backend])
+    @examples(COUNTS[backend], backend)
     @given(moments=MOMENTS)
     def holds(moments: Moments) -> None:
         check(moments, backend)

@@ -146,7 +146,7 @@ def _pair_gradient_kernel(
 def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
     """Overlap, or its logarithm, of all pairs i < j of (K, D) weighted by alpha (K, K)."""
     groups = mean.shape[0]
-    if groups == 0:
+    if groups < 2:
         return mean.new_zeros(())
     partial = launch_partial(mean, var, eps)
     value = scratch(mean)
@@ -174,7 +174,7 @@ def weighted_overlap_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for a scalar grad."""
     groups = mean.shape[0]
-    if groups == 0:
+    if groups < 2:
         return torch.zeros_like(mean), torch.zeros_like(var)
     alpha = alpha.contiguous()
     partial = launch_partial(mean, var, eps)
