@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
-
-import torch
 
 from cwbr_fused import extension
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
+# Asked once, here, because torch.compile cannot trace the question.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-@cache
+
 def rejection(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot serve tensors on `device_type`; None where it can."""
     if name == "reference":
@@ -35,7 +34,7 @@ def rejection(name: str, device_type: str) -> str | None:
 
 
 def _triton_rejection(device_type: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cuda" or (device_type == "cpu" and interpreted):
@@ -53,11 +52,8 @@ def check(backend: str) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(backend: str, device_type: str) -> str:
     """The name of the backend that runs for tensors on `device_type`.
-
-    torch.compile asks once, when it traces, and keeps the answer.
 
     Raises:
         ValueError: `backend` is unknown, or was named but cannot serve this device.

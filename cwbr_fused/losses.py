@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from cwbr_fused import backends, distributed, validation
+from cwbr_fused import backends, validation
 from cwbr_fused.ops import OPERATIONS, ClassMoments, Regularizer, WeightedOverlap
 from cwbr_fused.reference import accumulation_dtype
 
@@ -70,13 +70,17 @@ def loss(
     vectors = [v if accumulation_dtype(v.dtype) == dtype else v.to(dtype) for v in vectors]
     log, operations = objective == "log_overlap", OPERATIONS[name]
 
-    processes = distributed.process_group(group)
     value: Tensor
-    if processes is not None:
-        value = distributed.regularizer(
-            vectors, logits, targets, top_m, min_count, eps, log, name, processes
-        )
-        return value
+    if group is not None:
+        # Not at the top: it loads torch._dynamo, a second that most programs need not wait.
+        from cwbr_fused import distributed
+
+        processes = distributed.process_group(group)
+        if processes is not None:
+            value = distributed.regularizer(
+                vectors, logits, targets, top_m, min_count, eps, log, name, processes
+            )
+            return value
 
     if top_m is None:
         order, offsets, classes = operations.group_by_class(targets, min_count)
