@@ -59,7 +59,7 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	$(PY) -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
-		--benchmark-columns=min,median,iqr,rounds --benchmark-sort=median
+		--benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
 
 bench-compare: $(READY)
 	$(PY) -m benchmarks.compare --base $(BASE)
