@@ -116,6 +116,8 @@ def _comparison(numbers: Numbers, workloads: Iterable[Workload], mode: str, thre
     for workload in workloads:
         names = (*PEERS, "cwbr reference", own)
         rows = [numbers.get(workload.name, p, mode, "time_ms", threads) for p in names]
+        if not any(rows):
+            continue  # not measured yet
         mine = rows[-1]
         ratio = f"{1 / mine.ratio_to_plain:.3g}" if mine and mine.ratio_to_plain else ""
         lines.append([workload.name, *map(cell, rows), ratio])
