@@ -167,7 +167,7 @@ void PairBlocks<T>::gradients(const BlockGradient<T>& gradient, T* grad_mean, T*
   parallel_for(0, (vectors_ + unit - 1) / unit, grain(unit * 2 * pairs),
                [&](int64_t begin, int64_t end) {
                  const FlushSubnormals flush;
-                 const Buffer<T> work(work_rows * 5 * kGradientVectors * kernels_.lanes);
+                 const Buffer<T> work(work_rows * 4 * kGradientVectors * kernels_.lanes);
                  kernels_.gradient(rows_, scaling_, block, begin * unit,
                                    std::min(vectors_, end * unit), work.get(), grad_mean, grad_var);
                });

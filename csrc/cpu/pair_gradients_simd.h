@@ -1,68 +1,72 @@
 // Blocks of gradients of distances for one instruction set; see simd.h.
 //
 // With w = var + eps, S = w_i + w_j, t = (mean_j - mean_i)/S and z = (w_j - w_i)/S, a distance has
-//     dD/dmean_i = -t/2,   dD/dw_i = -(z/w_i + t^2)/4,
+//     dD/dmean_i = -t/2,   w_i dD/dw_i = -(z + t^2 w_i)/4,
 // and for j the same with t and z negated. Differences of variances are taken before they are
-// divided, so that nothing cancels. Lanes are dimensions: a sum over pairs needs no reduction, and
-// whoever owns the dimension owns the sum.
+// divided, so that nothing cancels; the division by w_i is left to the end of the sum over j. Lanes
+// are dimensions: a sum over pairs needs no reduction, and whoever owns the dimension owns the sum.
 
 namespace cwbr::CWBR_ISA {
 
-// Sums over pairs, of one row and one vector of dimensions, each times the pair's gradient, with
-// t = (mean_other - mean) / S and z = (w_other - w) / S.
+// Sums over pairs, of one row and one vector of dimensions, each times the pair's gradient:
+// t = (mean_other - mean) / S, and q = z + t^2 w with z = (w_other - w) / S.
 template <class T>
 struct RowGradient {
-  Vec<T> t, z, t2;
+  Vec<T> t, q;
 };
 
-// 1 / s[r] for each r; shared, by one reciprocal of the product of all four.
+// r[k] = 1 / (w + w_i) for the kGradientRows rows i; shared, by one reciprocal of the product of all
+// sums.
 template <bool Shared, class T>
-CWBR_INLINE void reciprocals(Vec<T>* s) {
+CWBR_INLINE void reciprocals(const Vec<T>* moments_i, Vec<T> w, Vec<T>* r) {
   static_assert(kGradientRows == 4);
+  Vec<T> s[kGradientRows];
+  CWBR_UNROLL(4)
+  for (int k = 0; k < kGradientRows; ++k) s[k] = w + moments_i[2 * k + 1];
   if (Shared) {
     const Vec<T> first = s[0] * s[1], second = s[2] * s[3], all = reciprocal(first * second);
     const Vec<T> by_first = all * second, by_second = all * first;
-    const Vec<T> r0 = by_first * s[1], r1 = by_first * s[0];
-    const Vec<T> r2 = by_second * s[3], r3 = by_second * s[2];
-    s[0] = r0, s[1] = r1, s[2] = r2, s[3] = r3;
+    r[0] = by_first * s[1], r[1] = by_first * s[0];
+    r[2] = by_second * s[3], r[3] = by_second * s[2];
   } else {
     CWBR_UNROLL(4)
-    for (int r = 0; r < kGradientRows; ++r) s[r] = reciprocal(s[r]);
+    for (int k = 0; k < kGradientRows; ++k) r[k] = reciprocal(s[k]);
   }
 }
 
 // The pairs of kGradientRows rows i with rows j in [first, last). moments holds mean and w of each
-// row; grad is (j, kGradientRows).
+// row; grad is (j, kGradientRows). Reciprocals are a row j ahead: the chain from the variances to
+// the sums is longer than the processor looks ahead.
 template <bool Shared, class T>
 CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
                                const Vec<T>* moments_j, RowGradient<T>* sums_j, const T* grad,
                                int64_t first, int64_t last) {
   RowGradient<T> i[kGradientRows];
+  Vec<T> r[kGradientRows], next[kGradientRows];
   CWBR_UNROLL(4)
-  for (int r = 0; r < kGradientRows; ++r) i[r] = sums_i[r];
+  for (int k = 0; k < kGradientRows; ++k) i[k] = sums_i[k];
+  reciprocals<Shared, T>(moments_i, moments_j[2 * first + 1], next);
   for (int64_t j = first; j < last; ++j) {
+    CWBR_UNROLL(4)
+    for (int k = 0; k < kGradientRows; ++k) r[k] = next[k];
+    const int64_t ahead = j + 1 < last ? j + 1 : j;
+    reciprocals<Shared, T>(moments_i, moments_j[2 * ahead + 1], next);
     const Vec<T> mean = moments_j[2 * j], w = moments_j[2 * j + 1];
     RowGradient<T> sum = sums_j[j];
-    Vec<T> r[kGradientRows];
-    CWBR_UNROLL(4)
-    for (int k = 0; k < kGradientRows; ++k) r[k] = w + moments_i[2 * k + 1];
-    reciprocals<Shared, T>(r);
     CWBR_UNROLL(4)
     for (int k = 0; k < kGradientRows; ++k) {
       const Vec<T> g = broadcast(grad[j * kGradientRows + k]);
-      const Vec<T> t = (mean - moments_i[2 * k]) * r[k], z = (w - moments_i[2 * k + 1]) * r[k];
-      const Vec<T> t2 = t * t;
+      const Vec<T> mean_i = moments_i[2 * k], w_i = moments_i[2 * k + 1];
+      const Vec<T> t = (mean - mean_i) * r[k], z = (w - w_i) * r[k], t2 = t * t;
       i[k].t = fma(g, t, i[k].t);
-      i[k].z = fma(g, z, i[k].z);
-      i[k].t2 = fma(g, t2, i[k].t2);
+      i[k].q = fma(g, fma(t2, w_i, z), i[k].q);
       sum.t = fnma(g, t, sum.t);
-      sum.z = fnma(g, z, sum.z);
-      sum.t2 = fma(g, t2, sum.t2);
+      sum.q = fnma(g, fnma(t2, w, z), sum.q);
     }
     sums_j[j] = sum;
   }
   CWBR_UNROLL(4)
-  for (int r = 0; r < kGradientRows; ++r) sums_i[r] = i[r];
+  for (int k = 0; k < kGradientRows; ++k) sums_i[k] = i[k];
 }
 
 template <class T>
@@ -108,8 +112,8 @@ CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
   for (int v = 0; v < vectors; ++v) shared[v] &= all((low[v] > bound) & (high[v] < 1 / bound));
 }
 
-// Writes, or adds, the gradients that sums amount to: dD/dmean = -t/2 and dD/dw = -(z/w + t^2)/4,
-// scaled back.
+// Writes, or adds, the gradients that sums amount to: dD/dmean = -t/2 and dD/dw = -q/(4 w), scaled
+// back.
 template <bool Whole, class T>
 CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
                                  const GradientSide<T>& side, int64_t vector, int vectors, T unit,
@@ -125,7 +129,7 @@ CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
       const int64_t dim = (vector + v) * kLanes<T>, at = (side.first + r) * rows.d + dim;
       const RowGradient<T>& sums = side.sums[v * side.padded + r];
       const Vec<T> inverse = reciprocal(side.moments[2 * (v * side.padded + r) + 1]);
-      const Vec<T> by_var = fma(sums.z, inverse, sums.t2);
+      const Vec<T> by_var = sums.q * inverse;
       put(grad_mean + at, rows.d - dim, sums.t * load(scaling.mean + dim) * (unit * T(-0.5)));
       put(grad_var + at, rows.d - dim, by_var * load(scaling.var + dim) * (unit * T(-0.25)));
     }
@@ -137,8 +141,7 @@ CWBR_INLINE void join_sums(const GradientSide<T>& side_i, const GradientSide<T>&
                            int vectors) {
   for (int64_t r = 0; r < vectors * side_i.padded; ++r) {
     side_i.sums[r].t += side_j.sums[r].t;
-    side_i.sums[r].z += side_j.sums[r].z;
-    side_i.sums[r].t2 += side_j.sums[r].t2;
+    side_i.sums[r].q += side_j.sums[r].q;
   }
 }
 
@@ -152,7 +155,7 @@ CWBR_INLINE void add_gradients(const GradientBlock<T>& block, const GradientSide
         *moments_j = side_j.moments + 2 * v * side_j.padded;
   RowGradient<T>*sums_i = side_i.sums + v * side_i.padded,
   *sums_j = side_j.sums + v * side_j.padded;
-  const RowGradient<T> none = {Vec<T>{}, Vec<T>{}, Vec<T>{}};
+  const RowGradient<T> none = {Vec<T>{}, Vec<T>{}};
   for (int64_t r = 0; r < side_i.padded; ++r) sums_i[r] = none;
   for (int64_t r = 0; r < side_j.padded; ++r) sums_j[r] = none;
   for (int64_t j = 0; j < side_j.count; j += block_j) {

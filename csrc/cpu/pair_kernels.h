@@ -85,8 +85,8 @@ struct PairKernels {
                int64_t rows_j, bool upper, T limit, T* distance);
 
   // Gradients of a block for vectors [first, last): written where rows i and j are the same, else
-  // added. `work` holds 5 kGradientVectors vectors
-  // for each row of either side, their numbers rounded up to kGradientRows.
+  // added. `work` holds 4 kGradientVectors vectors for each row of either side, their numbers
+  // rounded up to kGradientRows.
   void (*gradient)(const Rows<T>& rows, const Scaling<T>& scaling, const GradientBlock<T>& block,
                    int64_t first, int64_t last, T* work, T* grad_mean, T* grad_var);
 
