@@ -88,6 +88,20 @@ struct GradientSide {
   RowGradient<T>* sums;  // (vectors, padded)
 };
 
+// Asks for the lines of some vectors of a row that comes a few rows later: rows lie too far apart
+// for the processor to guess.
+template <class T>
+CWBR_INLINE void prefetch_row(const T* a, const T* b, const Rows<T>& rows, int64_t row,
+                              int64_t vector, int vectors) {
+  constexpr int64_t kAhead = 8;
+  const int64_t later = row + kAhead < rows.k ? row + kAhead : row;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = later * rows.d + (vector + v) * kLanes<T>;
+    __builtin_prefetch(a + at);
+    __builtin_prefetch(b + at);
+  }
+}
+
 template <bool Whole, class T>
 CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
                               const GradientSide<T>& side, int64_t vector, int vectors,
@@ -97,6 +111,7 @@ CWBR_INLINE void load_moments(const Rows<T>& rows, const Scaling<T>& scaling,
   // Rows beyond the last, up to a multiple of kGradientRows, are copies of it.
   for (int64_t r = 0; r < side.padded; ++r) {
     const int64_t row = side.first + (r < side.count ? r : side.count - 1);
+    prefetch_row(rows.mean, rows.var, rows, row, vector, vectors);
     for (int v = 0; v < vectors; ++v) {
       Vec<T>* moments = side.moments + 2 * (v * side.padded + r);
       moments[0] =
@@ -124,7 +139,8 @@ CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
     else
       store_first(at, left, add ? load_first(at, left, T(0)) + x : x);
   };
-  for (int64_t r = 0; r < side.count; ++r)
+  for (int64_t r = 0; r < side.count; ++r) {
+    prefetch_row<T>(grad_mean, grad_var, rows, side.first + r, vector, vectors);
     for (int v = 0; v < vectors; ++v) {
       const int64_t dim = (vector + v) * kLanes<T>, at = (side.first + r) * rows.d + dim;
       const RowGradient<T>& sums = side.sums[v * side.padded + r];
@@ -133,6 +149,7 @@ CWBR_INLINE void store_gradients(const Rows<T>& rows, const Scaling<T>& scaling,
       put(grad_mean + at, rows.d - dim, sums.t * load(scaling.mean + dim) * (unit * T(-0.5)));
       put(grad_var + at, rows.d - dim, by_var * load(scaling.var + dim) * (unit * T(-0.25)));
     }
+  }
 }
 
 // Adds what rows collected as rows j to what they collected as rows i.
@@ -161,7 +178,7 @@ CWBR_INLINE void add_gradients(const GradientBlock<T>& block, const GradientSide
   for (int64_t j = 0; j < side_j.count; j += block_j) {
     const int64_t last_j = j + block_j < side_j.count ? j + block_j : side_j.count;
     for (int64_t i = 0; i < side_i.count && (!diagonal || i < last_j); i += kGradientRows) {
-      const int64_t from_j = diagonal && i > j ? i : j;
+      const int64_t from_j = diagonal && i >= j ? i + 1 : j;
       if (!any_nonzero(block, i, from_j, last_j)) continue;
       const auto add = shared ? gradient_rows<true, T> : gradient_rows<false, T>;
       add(moments_i + 2 * i, sums_i + i, moments_j, sums_j, block.grad + i * side_j.count, from_j,
