@@ -139,7 +139,7 @@ struct RowCheck {
   Vec<T> zero;  // NaN where a variance is infinite or NaN
 };
 
-// Packs `count` vectors of a row and multiplies twice their variances into its product, in the
+// Packs `count` vectors of a row to `out` and multiplies twice their variances into its product, in the
 // order in which `add_vectors` multiplies those of two rows.
 template <bool Whole, class T>
 CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row,
@@ -151,9 +151,8 @@ CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int6
     const int64_t vector = begin + x;
     const Vec<T> var = load_variance<Whole>(rows, row, vector);
     const Vec<T> w = var * load(scaling.var + N * vector), twice = w + w;
-    store(out + 2 * N * vector,
-          load_mean<Whole>(rows, row, vector) * load(scaling.mean + N * vector));
-    store(out + 2 * N * vector + N, w);
+    store(out + 2 * N * x, load_mean<Whole>(rows, row, vector) * load(scaling.mean + N * vector));
+    store(out + 2 * N * x + N, w);
     check.low = smaller(var, check.low);
     check.zero += var - var;
     denominator = x == 0 ? twice : denominator * twice;
@@ -162,15 +161,18 @@ CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int6
     sums.multiply(denominator);
     return;
   }
-  for (int64_t vector = begin; vector < begin + count; ++vector)
-    sums.multiply(load(out + 2 * N * vector + N) * T(2));
+  for (int x = 0; x < count; ++x) sums.multiply(load(out + 2 * N * x + N) * T(2));
 }
+
+// What a panel holds of one row and one group.
+template <class T>
+constexpr int64_t kChunk = kGroup * 2 * kLanes<T>;
 
 template <class T>
 CWBR_INLINE void pack_row(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row, T* out,
                           T* marks, Sums<T>& sums, RowCheck<T>& check) {
   const int64_t whole_vectors = rows.d / kLanes<T>;
-  for (int64_t x = 0; x < scaling.vectors; x += kGroup) {
+  for (int64_t x = 0; x < scaling.vectors; x += kGroup, out += kTile * kChunk<T>) {
     if (x + kGroup <= whole_vectors)
       pack_group<true>(rows, scaling, row, x, kGroup, out, sums, check);
     else
@@ -187,6 +189,7 @@ template <class T>
 void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
           const Panel<T>& panel) {
   constexpr int N = kLanes<T>;
+  const int64_t tile_size = groups(scaling.vectors) * kTile * kChunk<T>;
   for (int64_t begin = 0; begin < count; begin += N) {
     Vec<T> products[N], exponents[N];
     T valid[N];
@@ -196,11 +199,12 @@ void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t
     }
     const int batch = int(begin + N < count ? N : count - begin);
     for (int r = 0; r < batch; ++r) {
-      const int64_t row = first + begin + r < rows.k ? first + begin + r : rows.k - 1;
+      const int64_t at = begin + r, row = first + at < rows.k ? first + at : rows.k - 1;
       auto sums = Sums<T>::zero();
       RowCheck<T> check = {broadcast(T(1)), Vec<T>{}};
-      pack_row(rows, scaling, row, panel.values + (begin + r) * panel.stride,
-               panel.checkpoints + (begin + r) * checkpoints(scaling.vectors), sums, check);
+      pack_row(rows, scaling, row,
+               panel.values + at / kTile * tile_size + at % kTile * kChunk<T>,
+               panel.checkpoints + at * checkpoints(scaling.vectors), sums, check);
       valid[r] = all((check.low > T(0)) & (check.zero == T(0))) ? T(0) : T(NAN);
       products[r] = sums.product;
       exponents[r] = sums.exponents;
@@ -215,7 +219,7 @@ void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t
 
 // Adds the fractions of `count` vectors of dimensions to the sums of kTileRows rows i with row j.
 template <class T>
-CWBR_INLINE void add_vectors(const T* i, int64_t stride, const T* j, int count, Sums<T>* sums) {
+CWBR_INLINE void add_vectors(const T* i, const T* j, int count, Sums<T>* sums) {
   constexpr int N = kLanes<T>;
   Vec<T> numerator[kTileRows] = {}, denominator[kTileRows] = {};
   CWBR_UNROLL(8)
@@ -223,8 +227,8 @@ CWBR_INLINE void add_vectors(const T* i, int64_t stride, const T* j, int count, 
     const Vec<T> mean_j = load(j + 2 * N * x), w_j = load(j + 2 * N * x + N);
     CWBR_UNROLL(4)
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec<T> difference = load(i + r * stride + 2 * N * x) - mean_j;
-      const Vec<T> s = load(i + r * stride + 2 * N * x + N) + w_j;
+      const Vec<T> difference = load(i + r * kChunk<T> + 2 * N * x) - mean_j;
+      const Vec<T> s = load(i + r * kChunk<T> + 2 * N * x + N) + w_j;
       const Vec<T> square = difference * difference;
       numerator[r] = x == 0 ? square : fma(numerator[r], s, square * denominator[r]);
       denominator[r] = x == 0 ? s : denominator[r] * s;
@@ -237,13 +241,13 @@ CWBR_INLINE void add_vectors(const T* i, int64_t stride, const T* j, int count, 
 // A whole group, unrolled. Not inlined: in a loop, the compiler would rather keep all addresses in
 // registers than the fractions.
 template <class T>
-CWBR_NOINLINE void add_group(const T* i, int64_t stride, const T* j, Sums<T>* sums) {
-  add_vectors(i, stride, j, kGroup, sums);
+CWBR_NOINLINE void add_group(const T* i, const T* j, Sums<T>* sums) {
+  add_vectors(i, j, kGroup, sums);
 }
 
 template <class T>
-CWBR_NOINLINE void add_part(const T* i, int64_t stride, const T* j, int count, Sums<T>* sums) {
-  add_vectors(i, stride, j, count, sums);
+CWBR_NOINLINE void add_part(const T* i, const T* j, int count, Sums<T>* sums) {
+  add_vectors(i, j, count, sums);
 }
 
 // Whether every distance of the tile already exceeds `limit` after the groups up to a checkpoint:
@@ -272,16 +276,16 @@ CWBR_INLINE void add_tile(const Panel<T>& panel_i, const Panel<T>& panel_j,
   const bool safe = scaling.safe[x / kGroup];
   for (int64_t r = 0; r < rows_i; r += kTileRows)
     for (int64_t c = upper ? r + 1 : 0; c < rows_j; ++c) {
-      const T* i = panel_i.values + r * panel_i.stride + 2 * N * x;
-      const T* j = panel_j.values + c * panel_j.stride + 2 * N * x;
+      const T* i = panel_i.values + (x / kGroup * kTile + r) * kChunk<T>;
+      const T* j = panel_j.values + (x / kGroup * kTile + c) * kChunk<T>;
       Sums<T>* pairs = sums + r * kTile + c;
       if (safe && left >= kGroup)
-        add_group(i, panel_i.stride, j, pairs);
+        add_group(i, j, pairs);
       else if (safe)
-        add_part(i, panel_i.stride, j, int(left), pairs);
+        add_part(i, j, int(left), pairs);
       else
         for (int64_t y = 0; y < left && y < kGroup; ++y)
-          add_part(i + 2 * N * y, panel_i.stride, j + 2 * N * y, 1, pairs);
+          add_part(i + 2 * N * y, j + 2 * N * y, 1, pairs);
     }
 }
 

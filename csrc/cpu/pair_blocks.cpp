@@ -41,13 +41,8 @@ int64_t grain(int64_t work_per_index) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_index));
 }
 
-// Rows start kGroup vectors of means and variances apart in the sets of a first-level cache, so
-// that one group of a tile's rows spreads evenly over it.
-int64_t panel_stride(int64_t vectors, int64_t lanes) {
-  constexpr int64_t period = 4 * kGroup;
-  const int64_t padded = round_up(std::max<int64_t>(vectors - kGroup, 0), period) + kGroup;
-  return padded * 2 * lanes;
-}
+// Numbers that a panel holds of each row.
+int64_t panel_row(int64_t vectors, int64_t lanes) { return groups(vectors) * kGroup * 2 * lanes; }
 
 int64_t rows_per_block(int64_t k, int64_t row_bytes) {
   const int64_t most =
@@ -76,14 +71,13 @@ PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, dou
       rows_{mean, var, k, d, T(eps)},
       vectors_((d + kernels_.lanes - 1) / kernels_.lanes),
       rows_per_block_(
-          rows_per_block(k, panel_stride(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
+          rows_per_block(k, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
       count_((k + rows_per_block_ - 1) / rows_per_block_),
       mean_scale_(vectors_ * kernels_.lanes),
       var_scale_(vectors_ * kernels_.lanes),
-      safe_((vectors_ + kGroup - 1) / kGroup),
+      safe_(groups(vectors_)),
       scaling_{vectors_, mean_scale_.get(), var_scale_.get(), safe_.get()} {
-  const int64_t groups = (vectors_ + kGroup - 1) / kGroup;
-  parallel_for(0, groups, grain(k * kGroup),
+  parallel_for(0, groups(vectors_), grain(k * kGroup),
                [&](int64_t first, int64_t last) { kernels_.scale(rows_, first, last, scaling_); });
 }
 
@@ -96,7 +90,7 @@ template <class T>
 std::vector<TileRows> PairBlocks<T>::tiles(int64_t a, int64_t b) const {
   // Some tiles' rows i, which the second-level cache holds, meet each tile's rows j in turn.
   constexpr int64_t cache_bytes = 1 << 19;
-  const int64_t row_bytes = panel_stride(vectors_, kernels_.lanes) * sizeof(T);
+  const int64_t row_bytes = panel_row(vectors_, kernels_.lanes) * sizeof(T);
   const int64_t band = std::max<int64_t>(1, cache_bytes / (row_bytes * kTile)) * kTile;
   std::vector<TileRows> result;
   for (int64_t top = 0; top < rows(a); top += band)
@@ -107,27 +101,32 @@ std::vector<TileRows> PairBlocks<T>::tiles(int64_t a, int64_t b) const {
   return result;
 }
 
+// The panel from row `row` on, a multiple of kTile.
+template <class T>
+Panel<T> PairBlocks<T>::rows_from(const Panel<T>& panel, int64_t row) const {
+  return {panel.values + row * panel_row(vectors_, kernels_.lanes), panel.exponent + row,
+          panel.log + row, panel.checkpoints + row * checkpoints(vectors_)};
+}
+
 template <class T>
 void PairBlocks<T>::pack(int64_t slot, int64_t block) {
   if (packed_[slot] == block) return;
   packed_[slot] = block;
-  const int64_t stride = panel_stride(vectors_, kernels_.lanes), marks = checkpoints(vectors_);
   if (!values_[slot]) {
-    const int64_t per_row = stride + 2 + marks;
-    values_[slot] = std::make_unique<Buffer<T>>(rows_per_block_ * per_row);
+    const int64_t size = panel_row(vectors_, kernels_.lanes);
+    values_[slot] =
+        std::make_unique<Buffer<T>>(rows_per_block_ * (size + 2 + checkpoints(vectors_)));
     T* at = values_[slot]->get();
-    T* after = at + rows_per_block_ * stride;
-    panels_[slot] = {at, after, after + rows_per_block_, after + 2 * rows_per_block_, stride};
+    T* after = at + rows_per_block_ * size;
+    panels_[slot] = {at, after, after + rows_per_block_, after + 2 * rows_per_block_};
   }
   const Panel<T>& panel = panels_[slot];
   const int64_t count = round_up(rows(block), kTileRows);
-  // Rows are packed by vectors of rows.
-  const int64_t batch = std::max(kernels_.lanes, kTileRows), batches = (count + batch - 1) / batch;
+  // Rows are packed by vectors of rows, and by whole tiles.
+  const int64_t batch = std::max(kernels_.lanes, kTile), batches = (count + batch - 1) / batch;
   parallel_for(0, batches, grain(batch * vectors_), [&](int64_t begin, int64_t end) {
     const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
-    const Panel<T> part = {panel.values + row * stride, panel.exponent + row, panel.log + row,
-                           panel.checkpoints + row * marks, stride};
-    kernels_.pack(rows_, scaling_, first(block) + row, rows, part);
+    kernels_.pack(rows_, scaling_, first(block) + row, rows, rows_from(panel, row));
   });
 }
 
@@ -137,19 +136,14 @@ void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
   pack(0, a);
   if (a != b) pack(1, b);
   const Panel<T>&panel_a = panels_[0], &panel_b = panels_[a != b];
-  const int64_t marks = checkpoints(vectors_);
-  const auto from = [&](const Panel<T>& panel, int64_t row) {
-    return Panel<T>{panel.values + row * panel.stride, panel.exponent + row, panel.log + row,
-                    panel.checkpoints + row * marks, panel.stride};
-  };
   const std::vector<TileRows> tiles = this->tiles(a, b);
   const int64_t tile_work = kTile * kTile * (vectors_ + 2);
   parallel_for(0, tiles.size(), grain(tile_work), [&](int64_t begin, int64_t end) {
     alignas(64) T distance[kTile * kTile];
     for (int64_t index = begin; index < end; ++index) {
       const TileRows& rows = tiles[index];
-      kernels_.tile(from(panel_a, rows.i - first(a)), from(panel_b, rows.j - first(b)), scaling_,
-                    rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
+      kernels_.tile(rows_from(panel_a, rows.i - first(a)), rows_from(panel_b, rows.j - first(b)),
+                    scaling_, rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
       visit({index, rows, distance});
     }
   });

@@ -106,6 +106,7 @@ class PairBlocks {
 
  private:
   void pack(int64_t slot, int64_t block);
+  Panel<T> rows_from(const Panel<T>& panel, int64_t row) const;
 
   const PairKernels<T>& kernels_;
   Rows<T> rows_;

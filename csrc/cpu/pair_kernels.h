@@ -10,7 +10,7 @@ namespace cwbr {
 constexpr int kGroup = 8;
 // Distances come in tiles of this many rows by this many rows.
 constexpr int kTile = 8;
-// Tiles take this many rows i at once; panels are padded to a multiple of it.
+// Tiles take this many rows i at once.
 constexpr int kTileRows = 4;
 // Gradients take this many rows i at once against each row j.
 constexpr int kGradientRows = 4;
@@ -36,18 +36,19 @@ struct Scaling {
   uint8_t* safe;  // (groups,)
 };
 
-// Rows ready for distances: for each vector of dimensions the scaled means, then the scaled
-// variances. L(row), half the log-determinant of twice the variances up to the factor 1/2, is kept
-// as exponent * log(2) + log. A partial exponent is kept every kCheckpoint groups.
+// Rows ready for distances, in the order in which tiles read them: what a tile reads of one group is
+// contiguous. For each vector of dimensions the scaled means, then the scaled variances. L(row),
+// half the log-determinant of twice the variances up to the factor 1/2, is kept as exponent *
+// log(2) + log. A partial exponent is kept every kCheckpoint groups.
 template <class T>
 struct Panel {
-  T* values;       // (rows, stride)
+  T* values;       // (rows / kTile, groups, kTile, kGroup, 2, lanes)
   T* exponent;     // (rows,)
   T* log;          // (rows,)
   T* checkpoints;  // (rows, checkpoints(vectors))
-  int64_t stride;
 };
 
+constexpr int64_t groups(int64_t vectors) { return (vectors + kGroup - 1) / kGroup; }
 constexpr int kCheckpoint = 4;
 constexpr int64_t checkpoints(int64_t vectors) { return vectors / (kGroup * kCheckpoint); }
 
@@ -74,7 +75,7 @@ struct PairKernels {
   void (*scale)(const Rows<T>& rows, int64_t first, int64_t last, const Scaling<T>& scaling);
 
   // Writes panel rows [0, count) from rows first, first + 1, ...; the last one stands in for rows
-  // that do not exist.
+  // that do not exist. Tiles of kTileRows rows i read rows up to a multiple of it.
   void (*pack)(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t count,
                const Panel<T>& panel);
 
