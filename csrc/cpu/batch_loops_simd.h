@@ -269,8 +269,12 @@ SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
       for (int u = 0; u < unroll; ++u) sums[u] *= scale;
     }
     for (int64_t c = first; c < bulk; c += unroll * lanes)
-      for (int u = 0; u < unroll; ++u)
+      for (int u = 0; u < unroll; ++u) {
+        // While this block's exponentials are computed, the next one comes from memory.
+        const int64_t next = c + u * lanes + block;
+        __builtin_prefetch(logits + (next < n ? next : c));
         sums[u] += exp_negative<T, false>(load_input(logits + c + u * lanes) - shift);
+      }
     for (int64_t c = bulk; c < last; c += lanes)
       sums[0] += exp_negative<T, false>(load_input_first(logits + c, last - c, none) - shift);
   }
