@@ -257,6 +257,34 @@ def test_equal_rows_have_distance_zero_and_no_gradient(d: int, dtype: torch.dtyp
             assert torch.count_nonzero(result) == 0
 
 
+@pytest.mark.parametrize("d", [1, 16, 129, 300, 2048])
+def test_variances_from_the_clamp_to_the_largest_float_in_one_row_lose_nothing(d: int) -> None:
+    """Float32 eager is no measure: the sum of two variances is infinite."""
+    k, largest = 12, torch.finfo(torch.float32).max
+    mean, var = normal(k, d, seed=1), 10 ** (44.5 * uniform(k, d, seed=2) - 6)
+    var[0], var[1] = 1e-6, largest
+    var[2:, 0], var[2:5, -1], var[5:8, -1] = 1e-6, largest, 1e-6
+    mean[3], var[3] = mean[2], var[2]
+    pairs = torch.combinations(torch.arange(k))
+    truth = reference.pair_distance(*double(mean, var), pairs, EPS)
+    for distance in (
+        CPP.pair_distance(mean, var, pairs, EPS),
+        CPP.all_pair_distance(mean, var, EPS)[tuple(pairs.T)],
+    ):
+        bound = 10 * ROUNDING * truth + log_roundings(d) * ROUNDING
+        assert torch.all((distance.double() - truth).abs() <= bound)
+
+    grad = normal(len(pairs), seed=3)
+    matrix = torch.zeros(k, k).index_put(tuple(pairs.T), grad)
+    truths = reference_backward.pair_distance_backward(*double(grad, mean, var), pairs, EPS)
+    for gradients in (
+        CPP.pair_distance_backward(grad, mean, var, pairs, EPS),
+        CPP.all_pair_distance_backward(matrix, mean, var, EPS),
+    ):
+        for actual, true in zip(gradients, truths, strict=True):
+            assert (actual.double() - true).abs().max() <= 10 * ROUNDING * true.abs().max()
+
+
 def test_the_matrix_is_symmetric_with_zeros_on_its_diagonal_and_never_negative() -> None:
     for kind in KINDS:
         for k, d in ((9, 30), (530, 5)):

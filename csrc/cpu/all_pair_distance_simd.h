@@ -100,8 +100,9 @@ void scale_group(const Bounds<T>* bounds, int64_t begin, int count, const Scalin
   for (int x = 0; x < count; ++x) {
     const auto& [mean_low, mean_high, var_low, var_high] = bounds[x];
     Vec<T> k = (exponent(var_low) + exponent(var_high)) * T(-0.25);
-    const auto usable = (k > T(-32)) & (k < T(32)) & (var_low > T(0));
-    k = usable ? k : Vec<T>{};
+    constexpr T most = 62;  // twice that is a normal exponent
+    const auto usable = (k > -most - 2) & (k < most + 2) & (var_low > T(0));
+    k = usable ? larger(smaller(k, broadcast(most)), broadcast(-most)) : Vec<T>{};
     // Rounds to a whole number: adding 1.5 * 2^p leaves no fraction bits.
     constexpr T whole = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
     k = (k + whole) - whole;
@@ -139,8 +140,8 @@ struct RowCheck {
   Vec<T> zero;  // NaN where a variance is infinite or NaN
 };
 
-// Packs `count` vectors of a row to `out` and multiplies twice their variances into its product, in the
-// order in which `add_vectors` multiplies those of two rows.
+// Packs `count` vectors of a row to `out` and multiplies twice their variances into its product, in
+// the order in which `add_vectors` multiplies those of two rows.
 template <bool Whole, class T>
 CWBR_INLINE void pack_group(const Rows<T>& rows, const Scaling<T>& scaling, int64_t row,
                             int64_t begin, int count, T* out, Sums<T>& sums, RowCheck<T>& check) {
@@ -202,8 +203,7 @@ void pack(const Rows<T>& rows, const Scaling<T>& scaling, int64_t first, int64_t
       const int64_t at = begin + r, row = first + at < rows.k ? first + at : rows.k - 1;
       auto sums = Sums<T>::zero();
       RowCheck<T> check = {broadcast(T(1)), Vec<T>{}};
-      pack_row(rows, scaling, row,
-               panel.values + at / kTile * tile_size + at % kTile * kChunk<T>,
+      pack_row(rows, scaling, row, panel.values + at / kTile * tile_size + at % kTile * kChunk<T>,
                panel.checkpoints + at * checkpoints(scaling.vectors), sums, check);
       valid[r] = all((check.low > T(0)) & (check.zero == T(0))) ? T(0) : T(NAN);
       products[r] = sums.product;

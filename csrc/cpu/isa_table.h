@@ -5,8 +5,9 @@
 // simd.h comes first.
 #include "all_pair_distance_simd.h"
 #include "batch_loops_simd.h"
-#include "pair_distance_simd.h"
 #include "pair_gradients_simd.h"
+// pair_gradients_simd.h comes first.
+#include "pair_distance_simd.h"
 
 namespace cwbr::CWBR_ISA {
 

@@ -42,7 +42,9 @@ int64_t grain(int64_t work_per_index) {
 }
 
 // Numbers that a panel holds of each row.
-int64_t panel_row(int64_t vectors, int64_t lanes) { return groups(vectors) * kGroup * 2 * lanes; }
+int64_t panel_row(int64_t vectors, int64_t lanes) {
+  return std::max<int64_t>(1, groups(vectors)) * kGroup * 2 * lanes;
+}
 
 int64_t rows_per_block(int64_t k, int64_t row_bytes) {
   const int64_t most =
@@ -70,8 +72,7 @@ PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, dou
     : kernels_(pair_kernels<T>()),
       rows_{mean, var, k, d, T(eps)},
       vectors_((d + kernels_.lanes - 1) / kernels_.lanes),
-      rows_per_block_(
-          rows_per_block(k, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
+      rows_per_block_(rows_per_block(k, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
       count_((k + rows_per_block_ - 1) / rows_per_block_),
       mean_scale_(vectors_ * kernels_.lanes),
       var_scale_(vectors_ * kernels_.lanes),

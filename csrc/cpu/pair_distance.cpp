@@ -76,11 +76,11 @@ void pair_distance_backward(const T* grad, const T* mean, const T* var, const in
   // rows is small enough to stay in the second-level cache.
   constexpr int64_t cache_bytes = 1 << 20;
   const int64_t n = named.rows.size(), vector_bytes = kernels.lanes * sizeof(T);
-  const int64_t vectors = std::clamp<int64_t>(cache_bytes / (5 * vector_bytes * (n + 1)), 1, 4);
+  const int64_t vectors = std::clamp<int64_t>(cache_bytes / (4 * vector_bytes * (n + 1)), 1, 4);
   const int64_t width = vectors * kernels.lanes, slices = (d + width - 1) / width;
   parallel_for(
       0, slices, 1 + kGrain / (3 * vectors * (m + n + 1)), [&](int64_t begin, int64_t end) {
-        const Buffer<T> work(n * 5 * width);
+        const Buffer<T> work(n * 4 * width);
         for (int64_t slice = begin; slice < end; ++slice)
           kernels.pair_distance_backward(rows, grad, named.pairs.data(), m, named.rows.data(), n,
                                          slice * width, std::min(d - slice * width, width),

@@ -57,15 +57,15 @@ CWBR_INLINE void add_pair(const T* mean_i, const T* var_i, const T* mean_j, cons
   sums.add(numerator, denominator, twice_i, twice_j);
 }
 
-// Adds all dimensions, `Group` vectors at a time.
-template <int Group, class T>
+// Adds all dimensions.
+template <class T>
 CWBR_INLINE void add_pairs(const Rows<T>& rows, int64_t i, int64_t j, T scale, PairSums<T>& sums) {
   const T *mean_i = rows.mean + i * rows.d, *mean_j = rows.mean + j * rows.d;
   const T *var_i = rows.var + i * rows.d, *var_j = rows.var + j * rows.d;
-  constexpr int64_t step = Group * kLanes<T>;
+  constexpr int64_t step = kGroup * kLanes<T>;
   int64_t x = 0;
   for (int64_t groups = 1; x + step <= rows.d; x += step, ++groups) {
-    add_pair<true>(mean_i + x, var_i + x, mean_j + x, var_j + x, Group, step, scale, rows.eps,
+    add_pair<true>(mean_i + x, var_i + x, mean_j + x, var_j + x, kGroup, step, scale, rows.eps,
                    sums);
     if (groups % kFlush == 0) sums.both.flush();
   }
@@ -77,18 +77,41 @@ CWBR_INLINE void add_pairs(const Rows<T>& rows, int64_t i, int64_t j, T scale, P
   }
 }
 
+// The same for all the variances that T has: none is multiplied, or added to another, before its
+// exponent is split off, or it is halved.
+template <class T>
+CWBR_NOINLINE PairSums<T> wide_pair_sums(const Rows<T>& rows, int64_t i, int64_t j) {
+  auto sums = PairSums<T>::zero();
+  const auto multiply = [](Vec<T>& product, Vec<T>& exponents, Vec<T> x) CWBR_LAMBDA_INLINE {
+    const Vec<T> p = product * mantissa(x);
+    exponents += exponent(x) + exponent(p);
+    product = mantissa(p);
+  };
+  const Vec<T> smallest = broadcast(std::numeric_limits<T>::min());
+  const Vec<T> largest = broadcast(std::numeric_limits<T>::max());
+  auto valid = smallest == smallest;
+  for (int64_t x = 0; x * kLanes<T> < rows.d; ++x) {
+    const Vec<T> w_i = load_variance<false>(rows, i, x), w_j = load_variance<false>(rows, j, x);
+    const Vec<T> half = w_i * T(0.5) + w_j * T(0.5);
+    const Vec<T> difference = load_mean<false>(rows, i, x) - load_mean<false>(rows, j, x);
+    sums.both.quadratic += difference / half * (difference * T(0.5));
+    multiply(sums.both.product, sums.both.exponents, half);
+    multiply(sums.product_i, sums.exponents_alone, w_i);
+    multiply(sums.product_j, sums.exponents_alone, w_j);
+    valid &= (w_i >= smallest) & (w_j >= smallest) & (w_i <= largest) & (w_j <= largest);
+    if ((x + 1) % kFlush == 0) sums.both.flush();
+  }
+  if (!all(valid)) sums.both.quadratic = broadcast(std::numeric_limits<T>::quiet_NaN());
+  return sums;
+}
+
 template <class T>
 CWBR_INLINE PairSums<T> pair_sums(const Rows<T>& rows, int64_t i, int64_t j, T scale) {
   auto sums = PairSums<T>::zero();
-  add_pairs<kGroup>(rows, i, j, scale, sums);
-  if (!sums.in_range()) {
-    sums = PairSums<T>::zero();
-    add_pairs<1>(rows, i, j, scale, sums);
-    // The exponents that infinity and NaN have, and zero.
-    constexpr T infinite = sizeof(T) == 4 ? 128 : 1024, zero = 1 - infinite;
-    if (!all((sums.highest < infinite) & (sums.lowest > zero)))
-      sums.both.quadratic = broadcast(std::numeric_limits<T>::quiet_NaN());
-  }
+  add_pairs(rows, i, j, scale, sums);
+  if (!sums.in_range()) return wide_pair_sums(rows, i, j);
+  sums.both.earlier *= scale;
+  sums.both.quadratic *= scale;
   return sums;
 }
 
@@ -113,16 +136,21 @@ void pair_distance(const Rows<T>& rows, const int64_t* pairs, int64_t first, int
     }
     const Vec<T> log = log_products<T>(ratios, exponents, exponent_sum);
     const Vec<T> log_term = fma(exponent_sum, broadcast(T(kLog2)), log);
-    const Vec<T> sum = fma(sum_each<T>(quadratics), broadcast(var_scale), log_term) * T(0.25);
+    const Vec<T> sum = (sum_each<T>(quadratics) + log_term) * T(0.25);
     store_first(distance + begin, batch, sum < T(0) ? Vec<T>{} : sum);
   }
 }
 
-// One vector of dimensions of one row, and the sums over its pairs.
+// Means are multiplied by this and variances by its square, which leaves room for the sum of the
+// two largest that T has, and for its reciprocal.
+template <class T>
+constexpr T kGradientScale = T(0x1p-4);
+
+// One vector of dimensions of one row, and the sums of pair_gradients_simd.h over its pairs.
 template <class T>
 struct RowVector {
-  Vec<T> mean, w, inverse;  // inverse = 1 / w
-  Vec<T> by_mean, by_var;
+  Vec<T> mean, w;
+  RowGradient<T> sums;
 };
 
 template <bool Whole, class T>
@@ -131,9 +159,10 @@ CWBR_INLINE void load_rows(const Rows<T>& rows, const int64_t* used, int64_t n, 
   for (int64_t r = 0; r < n; ++r)
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = used[r] * rows.d + first;
+      constexpr T scale = kGradientScale<T>;
       const Vec<T> w = load_vector<Whole>(rows.var + at, v, count, T(1)) + rows.eps;
       const Vec<T> mean = load_vector<Whole>(rows.mean + at, v, count, T(0));
-      work[r * vectors + v] = {mean, w, reciprocal(w), Vec<T>{}, Vec<T>{}};
+      work[r * vectors + v] = {mean * scale, w * (scale * scale), {Vec<T>{}, Vec<T>{}}};
     }
 }
 
@@ -144,8 +173,10 @@ CWBR_INLINE void store_rows(const Rows<T>& rows, const int64_t* used, int64_t n,
   for (int64_t r = 0; r < n; ++r)
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = used[r] * rows.d + first + v * kLanes<T>, left = count - v * kLanes<T>;
-      const Vec<T> by_mean = work[r * vectors + v].by_mean * T(0.5);
-      const Vec<T> by_var = work[r * vectors + v].by_var * T(0.25);
+      constexpr T scale = kGradientScale<T>;
+      const RowVector<T>& row = work[r * vectors + v];
+      const Vec<T> by_mean = row.sums.t * (T(-0.5) * scale);
+      const Vec<T> by_var = row.sums.q / row.w * (T(-0.25) * scale * scale);
       if (Whole || left >= kLanes<T>) {
         store(grad_mean + at, by_mean);
         store(grad_var + at, by_var);
@@ -170,11 +201,11 @@ void pair_distance_backward(const Rows<T>& rows, const T* grad, const int64_t* p
     const Vec<T> g = broadcast(grad[p]);
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<T> r = reciprocal(i[v].w + j[v].w);
-      const Vec<T> t = (i[v].mean - j[v].mean) * r, z = (i[v].w - j[v].w) * r, t2 = t * t;
-      i[v].by_mean = fma(g, t, i[v].by_mean);
-      j[v].by_mean = fnma(g, t, j[v].by_mean);
-      i[v].by_var = fma(g, fma(z, i[v].inverse, -t2), i[v].by_var);
-      j[v].by_var = fnma(g, fma(z, j[v].inverse, t2), j[v].by_var);
+      const Vec<T> t = (j[v].mean - i[v].mean) * r, z = (j[v].w - i[v].w) * r, t2 = t * t;
+      i[v].sums.t = fma(g, t, i[v].sums.t);
+      i[v].sums.q = fma(g, fma(t2, i[v].w, z), i[v].sums.q);
+      j[v].sums.t = fnma(g, t, j[v].sums.t);
+      j[v].sums.q = fnma(g, fnma(t2, j[v].w, z), j[v].sums.q);
     }
   }
   const auto store_all = whole ? store_rows<true, T> : store_rows<false, T>;

@@ -15,8 +15,8 @@ struct RowGradient {
   Vec<T> t, q;
 };
 
-// r[k] = 1 / (w + w_i) for the kGradientRows rows i; shared, by one reciprocal of the product of all
-// sums.
+// r[k] = 1 / (w + w_i) for the kGradientRows rows i; shared, by one reciprocal of the product of
+// all sums.
 template <bool Shared, class T>
 CWBR_INLINE void reciprocals(const Vec<T>* moments_i, Vec<T> w, Vec<T>* r) {
   static_assert(kGradientRows == 4);

@@ -36,8 +36,8 @@ struct Scaling {
   uint8_t* safe;  // (groups,)
 };
 
-// Rows ready for distances, in the order in which tiles read them: what a tile reads of one group is
-// contiguous. For each vector of dimensions the scaled means, then the scaled variances. L(row),
+// Rows ready for distances, in the order in which tiles read them: what a tile reads of one group
+// is contiguous. For each vector of dimensions the scaled means, then the scaled variances. L(row),
 // half the log-determinant of twice the variances up to the factor 1/2, is kept as exponent *
 // log(2) + log. A partial exponent is kept every kCheckpoint groups.
 template <class T>
@@ -97,7 +97,7 @@ struct PairKernels {
                         T var_scale, T* distance);
 
   // Writes the gradients of the rows that pairs name, for `count` dimensions from `first` on, a
-  // multiple of lanes. `pairs` names them by their position in `used` (n,). `work` holds 5 numbers
+  // multiple of lanes. `pairs` names them by their position in `used` (n,). `work` holds 4 numbers
   // for each row used and each dimension, rounded up to lanes.
   void (*pair_distance_backward)(const Rows<T>& rows, const T* grad, const int64_t* pairs,
                                  int64_t m, const int64_t* used, int64_t n, int64_t first,
