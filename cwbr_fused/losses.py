@@ -120,15 +120,8 @@ def scale_match(
         A scalar in the accumulation dtype: half-precision terms are weighted in float32, where
         neither `eps` nor the scale leaves the range.
     """
-    for name, value in (("ce", ce), ("reg", reg)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a scalar tensor, got {validation.describe(value)}")
-        if value.dim() != 0:
-            raise ValueError(f"{name}: expected a scalar tensor, got {validation.describe(value)}")
-        if not value.dtype.is_floating_point:
-            raise TypeError(
-                f"{name}: expected a floating-point dtype, got {validation.describe(value)}"
-            )
+    validation.check_float_tensor("ce", ce, "()")
+    validation.check_float_tensor("reg", reg, "()")
     validation.check_same_device("reg", reg, "ce", ce)
     validation.check_options(None, eps, objective)
     ce, reg = ce.to(accumulation_dtype(ce.dtype)), reg.to(accumulation_dtype(reg.dtype))

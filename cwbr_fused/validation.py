@@ -26,11 +26,12 @@ def describe(value: object) -> str:
 
 
 def check_float_tensor(name: str, value: object, shape: str) -> None:
-    """A floating-point tensor with as many dimensions as `shape`, such as "(K, D)", names."""
+    """A floating-point tensor with the dimensions that `shape` names, such as "(K, D)" or "()"."""
+    expected = f"a tensor of shape {shape}" if shape != "()" else "a scalar tensor"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
-    if value.dim() != shape.count(",") + 1 - shape.count(",)"):
-        raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.dim() != len([size for size in shape[1:-1].split(",") if size]):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
 
