@@ -22,28 +22,6 @@ int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 namespace {
 
-// Classes of any integer dtype as contiguous int64.
-Tensor int64_targets(const Tensor& targets) {
-  if (targets.dim() != 1) {
-    fail("targets: expected shape (B,), got ", shape(targets.sizes()));
-  }
-  switch (targets.scalar_type()) {
-    case ScalarType::Long:
-      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64:
-    case ScalarType::Bool:
-      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
-    default:
-      fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> group_by_class_op(const Tensor& targets, int64_t min_count) {
   check(min_count >= 1, "min_count: expected at least 1, got ", min_count);
   const Tensor classes_of = int64_targets(targets);

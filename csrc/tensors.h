@@ -113,6 +113,26 @@ inline InputMatrix input_matrix(const Tensor& t, const char* name) {
   return {tensor, type, t.size(0), t.size(1), tensor.stride(0)};
 }
 
+// Classes of any integer dtype as contiguous int64.
+inline Tensor int64_targets(const Tensor& targets) {
+  if (targets.dim() != 1) fail("targets: expected shape (B,), got ", shape(targets.sizes()));
+  switch (targets.scalar_type()) {
+    case ScalarType::Long:
+      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+    case ScalarType::Bool:
+      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
+    default:
+      fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
+  }
+}
+
 // The groups as the kernels take them, after checking that they index `batch` samples.
 struct CheckedGroups {
   Tensor order, offsets;
