@@ -8,6 +8,7 @@ single steps, and `cwbr_fused.backends.explain()` for what runs on this machine.
 """
 
 from cwbr_fused import backends, functional, reference
+from cwbr_fused.cwbr import CWBR
 from cwbr_fused.features import FeatureCatcher, to_vec
 from cwbr_fused.losses import loss, scale_match
 from cwbr_fused.modules import ConfusionWeightedBhatReg
@@ -16,6 +17,7 @@ from cwbr_fused.sampling import PKSampler
 __version__ = "0.1.0"
 
 __all__ = [
+    "CWBR",
     "ConfusionWeightedBhatReg",
     "FeatureCatcher",
     "PKSampler",
