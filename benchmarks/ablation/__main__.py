@@ -15,12 +15,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS
 from benchmarks.ablation.summary import Job, load, summarise
-from benchmarks.ablation.training import run
+from benchmarks.ablation.training import execute
 
 RUNS = Path("runs/ablation")
 CONTROLS = ("ce", "CWBR", "pull", "ce again")
@@ -49,18 +47,6 @@ def missing() -> Iterator[Job]:
     yield from (job for job in planned if not job.path(RUNS).exists())
 
 
-def execute(job: Job) -> Job:
-    """In a process of its own."""
-    result = run(*job)
-    path = job.path(RUNS)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **result)
-    os.replace(partial, path)
-    return job
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", action="store_true")
@@ -81,7 +67,7 @@ def main() -> None:
             if time.monotonic() - started > options.seconds:
                 print(f"{len(jobs) - number + 1} runs are left for another time")
                 break
-            under_way.add(pool.submit(execute, job))
+            under_way.add(pool.submit(execute, job, RUNS))
         for future in under_way:
             print(f"{time.monotonic() - started:6.0f} s", *future.result(), flush=True)
     summarise(load(RUNS, SETTINGS, range(9)))

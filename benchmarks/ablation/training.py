@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS, Glyphs, Setting
+from benchmarks.ablation.summary import Job
 from cwbr_fused import FeatureCatcher, to_vec
 from cwbr_fused.diagnostics import linear_probe, top_confusing_pairs
 
@@ -38,6 +41,18 @@ def run(setting_name: str, method_name: str, seed: int) -> Result:
         "seconds": trained,
         "method_share": in_method / trained,
     }
+
+
+def execute(job: Job, folder: Path) -> Job:
+    """Runs the job and keeps its result in a file, which appears when it is whole."""
+    path = job.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    result = run(*job)
+    with partial.open("wb") as file:
+        np.savez(file, **result)
+    os.replace(partial, path)
+    return job
 
 
 def _train(
