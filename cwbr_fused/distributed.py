@@ -33,7 +33,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cwbr_fused import reference
+from cwbr_fused.functional import select_pairs
 from cwbr_fused.ops import OPERATIONS, PairDistance, WeightedOverlap, first_order
+from cwbr_fused.shrinkage import Adjustment, layer_distances
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,6 +122,7 @@ def regularizer(
     log: bool,
     backend: str,
     group: ProcessGroup,
+    adjustment: Adjustment,
 ) -> Tensor:
     """The mean over L layers of the confusion-weighted overlap of all processes' samples.
 
@@ -129,6 +132,7 @@ def regularizer(
         top_m, min_count, eps, log: as in `cwbr_fused.loss`; `min_count` is of the global counts.
         backend: the resolved name.
         group: a ProcessGroup.
+        adjustment: of the plain formulas.
 
     Returns:
         A scalar, the same in every process.
@@ -153,7 +157,11 @@ def regularizer(
 
     mean, var = GlobalClassMoments.apply(order, offsets, share, eps, backend, group, *features)
     widths = [z.shape[1] for z in features]
-    moments = zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True)
+    moments = list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
+    if adjustment != Adjustment():
+        chosen = select_pairs(alpha, top_m, eps, backend)
+        distance, weights = layer_distances(chosen, moments, counts[classes], eps, adjustment)
+        return reference.overlap(distance, weights, eps, log).mean()
     if top_m is None:
         return torch.stack(
             [WeightedOverlap.apply(m, v, alpha, eps, log, backend) for m, v in moments]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from cwbr_fused import backends, validation
+from cwbr_fused import backends, soft_targets, validation
+from cwbr_fused.functional import select_pairs
 from cwbr_fused.ops import OPERATIONS, ClassMoments, Regularizer, WeightedOverlap
-from cwbr_fused.reference import accumulation_dtype
+from cwbr_fused.reference import accumulation_dtype, overlap
+from cwbr_fused.shrinkage import Adjustment, Shrinkage, Temperature, layer_distances
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,22 +29,30 @@ def loss(
     objective: str = "overlap",
     backend: str = "auto",
     group: ProcessGroup | Literal["world"] | None = None,
+    temperature: Temperature = None,
+    shrinkage: Shrinkage = None,
+    noise_floor: bool = False,
 ) -> Tensor:
     """Confusion-weighted Bhattacharyya regularizer of a batch: the mean over the given layers.
 
     Per layer: diagonal Gaussians of the classes with at least `min_count` samples; for the `top_m`
     pairs of them that the softmax confuses most, `sum(alpha rho) / max(sum(alpha), eps)`, with the
     overlap `rho = exp(-D)` of the pair and its confusion `alpha`, which carries no gradient.
-    Equivalent to `cwbr_fused.reference.loss`, in a few kernels.
+    Equivalent to `cwbr_fused.reference.loss`, in a few kernels; in some more with soft targets or
+    one of the last three keywords, which change nothing unless given.
 
     Args:
         features: raw layer outputs: a tensor, a sequence or a mapping of tensors. (B, D) is used
             as it is, (B, C, H, W) is averaged over H and W, (B, N, D) gives its first token; call
             `to_vec` yourself for anything else. Gradients flow to these.
         logits: (B, C). No gradient.
-        targets: (B,) integer classes in [0, C).
+        targets: (B,) integer classes in [0, C); or soft targets (B, C) of any floating dtype,
+            finite and >= 0, as from label smoothing, mixup or CutMix: moments and mean softmax rows
+            are then weighted by class membership, and a class counts as many samples as its weights
+            sum to. Rows need not sum to 1. No gradient. See `cwbr_fused.soft_targets`.
         top_m: how many pairs; None for all.
-        min_count: classes with fewer samples in the batch are left out.
+        min_count: classes with fewer samples in the batch are left out. 1 is of use with
+            `shrinkage` only: a class of one sample then takes the pooled variance.
         eps: smallest variance, and what is added to it, in squared feature units.
         objective: "overlap", or "log_overlap" for its logarithm, `log(sum(alpha rho)/sum(alpha))`
             by log-sum-exp, which keeps its gradient where rho underflows.
@@ -51,6 +61,17 @@ def loss(
             takes those of its processes' batches together, "world" of the default group's (looked
             up at each call, so it may be given before `init_process_group`). Every process of the
             group must then call `loss` and `backward`; see `cwbr_fused.distributed`.
+        temperature: a number T > 0 puts D/T in the place of D; "dims" divides each layer's D by its
+            number of dimensions, so that the overlap neither underflows in wide layers nor is left
+            to the narrowest one.
+        shrinkage: takes unbiased class variances, shrunk to the pooled within-class variance: by a
+            number of pseudo-counts > 0, by the "analytic" intensity, which is estimated for each
+            class and carries no gradient, or fully, "pooled". See `cwbr_fused.shrinkage`.
+        noise_floor: takes unbiased variances and corrects D by what the sampling of few samples
+            adds to it: identical classes read 0 on average, and separated ones their true distance.
+            A corrected D may be negative; the overlap is then `1 - D`, which goes on where exp(-D)
+            left off with the same slope. Without shrinkage it wants classes of at least 3 samples:
+            of the means of two classes of 2 it makes nothing. See `cwbr_fused.shrinkage`.
 
     Returns:
         A scalar, float32 (float64 for float64 features). With fewer than two usable classes it is
@@ -62,25 +83,39 @@ def loss(
             on a GPU are a device-side assertion instead.
     """
     validation.check_options(top_m, eps, objective, min_count)
+    validation.check_adjustment(temperature, shrinkage, noise_floor, min_count)
     validation.check_group(group)
-    validation.check_batch(logits, targets)
+    soft = validation.is_soft(targets)
+    if soft:
+        validation.check_soft_batch(logits, targets)
+    else:
+        validation.check_batch(logits, targets)
     vectors = validation.feature_vectors(features, logits)
     name = backends.resolve(backend, logits.device.type)
     dtype = _common_dtype(vectors)
     vectors = [v if accumulation_dtype(v.dtype) == dtype else v.to(dtype) for v in vectors]
     log, operations = objective == "log_overlap", OPERATIONS[name]
+    adjustment = Adjustment(temperature, shrinkage, noise_floor)
 
     value: Tensor
     if group is not None:
+        if soft:
+            raise ValueError(
+                "targets: soft targets are not supported with group, got "
+                f"{validation.describe(targets)}; pass class indices"
+            )
         # Not at the top: it loads torch._dynamo, a second that most programs need not wait.
         from cwbr_fused import distributed
 
         processes = distributed.process_group(group)
         if processes is not None:
             value = distributed.regularizer(
-                vectors, logits, targets, top_m, min_count, eps, log, name, processes
+                vectors, logits, targets, top_m, min_count, eps, log, name, processes, adjustment
             )
             return value
+
+    if soft or adjustment != Adjustment():
+        return _composed(vectors, logits, targets, top_m, min_count, eps, log, name, adjustment)
 
     if top_m is None:
         order, offsets, classes = operations.group_by_class(targets, min_count)
@@ -94,6 +129,35 @@ def loss(
     order, offsets, _, pairs, weights = operations.plan(logits.detach(), targets, top_m, min_count)
     value = Regularizer.apply(order, offsets, pairs, weights.to(dtype), eps, log, name, *vectors)
     return value
+
+
+def _composed(
+    vectors: Sequence[Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    top_m: int | None,
+    min_count: int,
+    eps: float,
+    log: bool,
+    backend: str,
+    adjustment: Adjustment,
+) -> Tensor:
+    """The loss from its single steps, as soft targets and adjusted distances take it."""
+    dtype = accumulation_dtype(vectors[0].dtype)
+    if validation.is_soft(targets):
+        members = soft_targets.membership(targets, min_count)
+        counts = members.counts
+        alpha = soft_targets.confusion_weights(logits, members, dtype)
+        moments = [soft_targets.class_moments(z, members.shares, eps, dtype) for z in vectors]
+    else:
+        operations = OPERATIONS[backend]
+        order, offsets, classes = operations.group_by_class(targets, min_count)
+        counts = offsets.diff()
+        alpha = operations.confusion_weights(logits.detach(), order, offsets, classes).to(dtype)
+        moments = [ClassMoments.apply(z, order, offsets, eps, backend) for z in vectors]
+    pairs = select_pairs(alpha, top_m, eps, backend)
+    distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
+    return overlap(distance, weights, eps, log).mean()
 
 
 def _common_dtype(vectors: Sequence[Tensor]) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cwbr_fused import backends, validation
 from cwbr_fused.losses import loss
+from cwbr_fused.shrinkage import Shrinkage, Temperature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,8 +26,9 @@ class ConfusionWeightedBhatReg(nn.Module):
 
     Args:
         layer_names: keys of the features to use; others are ignored.
-        top_m, eps, min_count, objective, backend, group: see `cwbr_fused.loss`. A module that is
-            to be copied or pickled wants group="world": a ProcessGroup is bound to its process.
+        top_m, eps, min_count, objective, backend, group, temperature, shrinkage, noise_floor: see
+            `cwbr_fused.loss`. A module that is to be copied or pickled wants group="world": a
+            ProcessGroup is bound to its process.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class ConfusionWeightedBhatReg(nn.Module):
         objective: str = "overlap",
         backend: str = "auto",
         group: ProcessGroup | Literal["world"] | None = None,
+        temperature: Temperature = None,
+        shrinkage: Shrinkage = None,
+        noise_floor: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(layer_names, str) or not all(isinstance(n, str) for n in layer_names):
@@ -46,11 +51,13 @@ class ConfusionWeightedBhatReg(nn.Module):
         if len(layer_names) == 0 or len(set(layer_names)) != len(layer_names):
             raise ValueError(f"layer_names: expected distinct names, got {layer_names!r}")
         validation.check_options(top_m, eps, objective, min_count)
+        validation.check_adjustment(temperature, shrinkage, noise_floor, min_count)
         validation.check_group(group)
         backends.check(backend)
         self.layer_names = tuple(layer_names)
         self.top_m, self.eps, self.min_count = top_m, eps, min_count
         self.objective, self.backend, self.group = objective, backend, group
+        self.temperature, self.shrinkage, self.noise_floor = temperature, shrinkage, noise_floor
 
     def forward(self, features: Mapping[str, Tensor], logits: Tensor, y: Tensor) -> Tensor:
         """The regularizer, a scalar.
@@ -58,7 +65,7 @@ class ConfusionWeightedBhatReg(nn.Module):
         Args:
             features: raw layer outputs by name, such as `FeatureCatcher().feats`.
             logits: (B, C).
-            y: (B,) integer classes.
+            y: (B,) integer classes, or (B, C) soft targets.
 
         Raises:
             ValueError: a layer is missing from `features`.
@@ -80,10 +87,15 @@ class ConfusionWeightedBhatReg(nn.Module):
             objective=self.objective,
             backend=self.backend,
             group=self.group,
+            temperature=self.temperature,
+            shrinkage=self.shrinkage,
+            noise_floor=self.noise_floor,
         )
 
     def extra_repr(self) -> str:
         return (
             f"layer_names={self.layer_names}, top_m={self.top_m}, eps={self.eps}, "
-            f"min_count={self.min_count}, objective={self.objective!r}, backend={self.backend!r}"
+            f"min_count={self.min_count}, objective={self.objective!r}, backend={self.backend!r}, "
+            f"temperature={self.temperature!r}, shrinkage={self.shrinkage!r}, "
+            f"noise_floor={self.noise_floor}"
         )
