@@ -25,51 +25,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwbr_fused import backends, validation
+from cwbr_fused.balance import Balance, Tap
 from cwbr_fused.bank import ClassBank
-from cwbr_fused.features import to_vec
+from cwbr_fused.features import FeatureCatcher, find_layer, to_vec
 from cwbr_fused.ops import OPERATIONS
 from cwbr_fused.reference import accumulation_dtype
 
 # Backward passes without a gradient at a feature before the warning; one may be skipped on purpose.
 MISSES_BEFORE_WARNING = 3
-
-
-class Balance:
-    """Adds `ratio * |g| / |r| * r` to the gradient g that arrives at a tensor, by a tensor hook.
-
-    Args:
-        layer: the tensor.
-        gradient: r, of its shape and dtype.
-        ratio: scalar tensor.
-    """
-
-    def __init__(self, layer: Tensor, gradient: Tensor, ratio: Tensor) -> None:
-        self.record: Tensor | None = None
-        layer.register_hook(partial(self._add, gradient, ratio))
-
-    def _add(self, gradient: Tensor, ratio: Tensor, incoming: Tensor | None) -> Tensor | None:
-        if incoming is None:  # an output of a compiled graph that the loss does not use
-            return None
-        dtype = accumulation_dtype(incoming.dtype)
-        g_norm = torch.linalg.vector_norm(incoming, dtype=dtype)
-        r_norm = torch.linalg.vector_norm(gradient, dtype=dtype)
-        scale = torch.where(r_norm > 0, ratio * g_norm / r_norm, 0)
-        tiny = torch.finfo(dtype).tiny
-        cosine = (incoming.to(dtype) * gradient).sum() / (g_norm * r_norm).clamp(min=tiny)
-        self.record = torch.stack([g_norm, scale * r_norm, cosine])
-        return incoming + gradient * scale
-
-    def numbers(self) -> dict[str, float]:
-        """See `CWBR.health`."""
-        assert self.record is not None
-        return dict(zip(("ce_norm", "reg_norm", "cosine"), self.record.tolist(), strict=True))
 
 
 class CWBR(nn.Module):
@@ -123,6 +92,7 @@ class CWBR(nn.Module):
         self.banks = nn.ModuleDict()
         self._balances: dict[str, Balance] = {}
         self._misses: dict[str, int] = {}
+        self._taps: dict[str, Tap] = {}
 
     def forward(
         self,
@@ -179,8 +149,27 @@ class CWBR(nn.Module):
                 # Its length does not matter; at most 1, it fits in half precision.
                 pull = pull / pull.abs().max().clamp(min=torch.finfo(pull.dtype).tiny)
                 (pull,) = torch.autograd.grad(pooled, leaf, pull.to(pooled.dtype))
-                self._balances[name] = Balance(layers[name], pull, self.ratio * own.mean())
+                self._apply_to(name, layers[name], Balance(pull, self.ratio * own.mean()))
         return torch.stack(energies).mean()
+
+    def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
+        """Catches features of a model so that CWBR acts on it also when it is compiled.
+
+        Taps go behind the layers, and a `FeatureCatcher` behind the taps. Call it before the
+        compiled model is first called; of a compiled model the names of the original are meant.
+
+        Args:
+            model: where to look the layers up.
+            layers: dotted names of modules in it, each with one tensor as output.
+
+        Returns:
+            The catcher, whose `feats` are to be passed to this module; `remove` leaves the taps,
+            which then do nothing.
+        """
+        for name in layers:
+            self._taps[name] = Tap()
+            find_layer(model, name).register_forward_hook(self._taps[name])
+        return FeatureCatcher(model, layers)
 
     def health(self) -> dict[str, dict[str, float]]:
         """What the latest backward pass met at each layer; waits for the device.
@@ -257,6 +246,13 @@ class CWBR(nn.Module):
         coefficient = torch.cat([torch.ones_like(own)[:, None], -self.push * weight], 1)
         return torch.where(seen[targets][:, None], index, -1), coefficient, own
 
+    def _apply_to(self, name: str, layer: Tensor, balance: Balance) -> None:
+        self._balances[name] = balance
+        if name in self._taps:
+            self._taps[name].balance = balance
+        else:
+            layer.register_hook(balance)
+
     def _warn_of_misses(self) -> None:
         for name, balance in self._balances.items():
             self._misses[name] = 0 if balance.record is not None else 1 + self._misses.get(name, 0)
@@ -264,8 +260,9 @@ class CWBR(nn.Module):
                 warnings.warn(
                     f"CWBR has no effect on {name}: no gradient of the loss reached it in "
                     f"{MISSES_BEFORE_WARNING} steps. Pass the very tensor that the model goes on "
-                    "with (FeatureCatcher does), not a copy, a pooled view or an output of a "
-                    "compiled model; and call CWBR before backward().",
+                    "with (FeatureCatcher does), not a copy or a pooled view of it, and call CWBR "
+                    "before backward(). If the model is compiled, catch its features by "
+                    "CWBR.catch().",
                     stacklevel=3,
                 )
 

@@ -199,7 +199,7 @@ class FeatureCatcher:
             TypeError: `model` is no `nn.Module`.
             ValueError: no such layer (the error lists those with similar names), or as `add`.
         """
-        return self.add(_find(model, name), name)
+        return self.add(find_layer(model, name), name)
 
     @property
     def feats(self) -> Features:
@@ -300,7 +300,7 @@ def _first_tensor(output: object, name: str) -> Tensor:
     )
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
+def find_layer(model: nn.Module, name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(name, str):

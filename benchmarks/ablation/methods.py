@@ -14,8 +14,9 @@ from torch import Tensor
 
 import cwbr_fused
 from benchmarks.ablation.settings import CLASSES
+from cwbr_fused.balance import Balance
 from cwbr_fused.bank import ClassBank
-from cwbr_fused.cwbr import CWBR, Balance
+from cwbr_fused.cwbr import CWBR
 
 Features = Mapping[str, Tensor]
 Step = Callable[[Features, Tensor, Tensor, Tensor], Tensor]
@@ -117,7 +118,7 @@ class PairBank:
                 scaled = distance / distance.mean().detach().clamp(min=1e-12)
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
                 (pull,) = torch.autograd.grad(objective, leaf)
-                Balance(layer, pull, torch.tensor(FIXED_RATIO))
+                layer.register_hook(Balance(pull, torch.tensor(FIXED_RATIO)))
             bank.follow(move)
         return ce
 
