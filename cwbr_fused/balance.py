@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cwbr_fused.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Balance:
@@ -23,10 +26,12 @@ class Balance:
     Args:
         pull: r, of the shape of g; its length does not matter.
         ratio: scalar tensor.
+        group: processes whose samples are measured together; their backward passes then wait for
+            one another, three numbers per feature.
     """
 
-    def __init__(self, pull: Tensor, ratio: Tensor) -> None:
-        self.pull, self.ratio = pull, ratio
+    def __init__(self, pull: Tensor, ratio: Tensor, group: ProcessGroup | None = None) -> None:
+        self.pull, self.ratio, self.group = pull, ratio, group
         self.record: Tensor | None = None
 
     def __call__(self, incoming: Tensor | None) -> Tensor | None:
@@ -34,11 +39,17 @@ class Balance:
         if incoming is None:  # an output of a compiled graph that the loss does not use
             return None
         dtype = accumulation_dtype(incoming.dtype)
-        tiny = torch.finfo(dtype).tiny
         g_norm = torch.linalg.vector_norm(incoming, dtype=dtype)
         r_norm = torch.linalg.vector_norm(self.pull, dtype=dtype)
+        dot = (incoming.to(dtype) * self.pull).sum()
+        if self.group is not None:
+            from cwbr_fused.distributed import all_reduce
+
+            squares = all_reduce(torch.stack([g_norm.square(), r_norm.square(), dot]), self.group)
+            (g_norm, r_norm), dot = squares[:2].sqrt(), squares[2]
+        tiny = torch.finfo(dtype).tiny
         scale = torch.where(r_norm > 0, self.ratio * g_norm / r_norm.clamp(min=tiny), 0)
-        cosine = (incoming.to(dtype) * self.pull).sum() / (g_norm * r_norm).clamp(min=tiny)
+        cosine = dot / (g_norm * r_norm).clamp(min=tiny)
         self.record = torch.stack([g_norm, scale * r_norm, cosine])
         return incoming + self.pull * scale
 

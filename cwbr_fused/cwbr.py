@@ -14,7 +14,8 @@ harmful on narrow ones:
   per class; and every class is a candidate for being confused with, not only those of the batch.
 - Squared Mahalanobis distances, 8 times the Bhattacharyya distance under a shared variance, instead
   of `exp(-D)`: they never underflow.
-- Each sample is pulled to its own class mean as well as pushed from those it is confused with.
+- Each sample is pulled to its own class mean as well as pushed from those it is confused with, each
+  with the probability that the model gives it.
 - The weight is set where it acts: at each layer's feature, in the one backward pass, the gradient
   gets `ratio * p * |g| / |r| * r` added, where g is the incoming gradient, r that of the energy and
   p the mean probability that the model gives the right class. So early in training, when class
@@ -25,18 +26,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cwbr_fused import backends, validation
+from cwbr_fused import backends, soft_targets, validation
 from cwbr_fused.balance import Balance, Tap
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.features import FeatureCatcher, find_layer, to_vec
 from cwbr_fused.ops import OPERATIONS
 from cwbr_fused.reference import accumulation_dtype
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Soft targets update the means of classes whose weights in the batch sum to this much.
+LEAST_SOFT_WEIGHT = 0.5
 # Backward passes without a gradient at a feature before the warning; one may be skipped on purpose.
 MISSES_BEFORE_WARNING = 3
 
@@ -46,22 +52,25 @@ class CWBR(nn.Module):
 
     For a sample z of class y, per layer, with class means and the shared variance of a bank:
 
-        E(z) = |z - mean_y|^2 / (2 var) - push * sum_j w_j |z - mean_j|^2 / (2 var)
+        E(z) = |z - mean_y|^2 / (2 var) - push * sum_j p_j |z - mean_j|^2 / (2 var)
 
-    over the `confusions` classes j of largest softmax probability other than y, w the softmax over
-    them. Calling the module between forward and backward adds the gradient of E to that of the loss
-    at the given features, as a share of it; nothing has to be added to the loss.
+    over the `confusions` classes j of largest softmax probability p_j other than y. Calling the
+    module between forward and backward adds the gradient of E to that of the loss at the given
+    features, as a share of it; nothing has to be added to the loss.
 
     Args:
         num_classes: C, the number of columns of the logits.
         ratio: length of the added gradient at each feature, relative to the incoming one, for a
             model that is certain of the right classes; multiplied by the mean probability of the
             right class in the batch.
-        push: weight of the repulsion from confused classes; 0 only pulls.
+        push: weight of the repulsion from confused classes; 0 only pulls, a balanced center loss.
         confusions: how many classes each sample is pushed from.
         momentum: of the class means, see `ClassBank`.
         pool: (B, ...) features to (B, D) vectors, differentiable; default `to_vec`.
         backend: see `cwbr_fused.loss`.
+        group: None, "world" or a `ProcessGroup`: the processes that share one bank, see
+            `cwbr_fused.distributed`. With DistributedDataParallel N processes x B/N samples then
+            train as one process x B. All must call the module, and `backward`, at every step.
 
     The banks are buffers, made at the first call for each layer and kept in the state_dict: layer
     "layer3.0" has `banks.layer3/0.mean` and so on. In `eval()` mode, and under `no_grad`, the
@@ -73,11 +82,12 @@ class CWBR(nn.Module):
         num_classes: int,
         *,
         ratio: float = 1.0,
-        push: float = 0.3,
+        push: float = 1.0,
         confusions: int = 5,
         momentum: float = 0.7,
         pool: Callable[[Tensor], Tensor] = to_vec,
         backend: str = "auto",
+        group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         validation.check_positive_int("num_classes", num_classes)
@@ -85,10 +95,12 @@ class CWBR(nn.Module):
         validation.check_between("ratio", ratio, 0)
         validation.check_between("push", push, 0, 1)
         validation.check_between("momentum", momentum, 0, 1)
+        validation.check_group(group)
         backends.check(backend)
         self.num_classes = num_classes
         self.ratio, self.push, self.confusions = ratio, push, confusions
-        self.momentum, self.pool, self.backend = momentum, pool, backend
+        self.momentum, self.pool = momentum, pool
+        self.backend, self.group = backend, group
         self.banks = nn.ModuleDict()
         self._balances: dict[str, Balance] = {}
         self._misses: dict[str, int] = {}
@@ -106,7 +118,8 @@ class CWBR(nn.Module):
             features: a tensor, a sequence or a mapping of layer outputs *through which the loss
                 flows*: what the model itself goes on with, not a copy or a pooled view of it.
             logits: (B, C).
-            targets: (B,) integer classes.
+            targets: (B,) integer classes, or (B, C) soft targets >= 0 (mixup, CutMix), of which the
+                two largest of each row count.
 
         Returns:
             The mean of E / D over samples and layers, a scalar without gradient; 0 while no class
@@ -115,41 +128,36 @@ class CWBR(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        validation.check_batch(logits, targets)
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"logits: expected C = num_classes = {self.num_classes} columns, "
-                f"got {validation.describe(logits)}"
-            )
+        soft = validation.is_soft(targets)
+        if soft:
+            validation.check_soft_batch(logits, targets)
+        else:
+            validation.check_batch(logits, targets)
+        self._check_options_of_call(logits, soft)
         layers = validation.named_layers(features, logits)
-        logits = logits.detach()
-        operations = OPERATIONS[backends.resolve(self.backend, logits.device.type)]
-        vectors = {name: self._vector(name, layer) for name, layer in layers.items()}
-        banks = {name: self._bank(name, z) for name, (_, z) in vectors.items()}
+        backend = backends.resolve(self.backend, logits.device.type)
+        pooled = {name: self._pooled(name, layer) for name, layer in layers.items()}
+        banks = {name: self._bank(name, z) for name, (_, z) in pooled.items()}
+        vectors = [_vector(z, banks[name]) for name, (_, z) in pooled.items()]
         seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
-        index, coefficient, own = self._coefficients(operations, logits, targets, seen)
+        index, coefficient, own = self._coefficients(backend, logits.detach(), targets, seen)
         train = self.training and torch.is_grad_enabled()
         if train:
             self._warn_of_misses()
-            order, offsets, classes = operations.group_by_class(targets, 1)
+            classes, size, moments = self._moments(backend, vectors, targets)
+            ratio = self.ratio * self._mean(own)
 
         energies = []
-        for name, (leaf, pooled) in vectors.items():
-            bank = banks[name]
-            z = pooled.detach().to(_dtype(pooled, bank))
-            if train:
-                mean, var = operations.class_moments(z, order, offsets, 0.0)
-                move = bank.observe(classes, offsets.diff(), mean, var)
-            weights = coefficient.to(bank.mean.dtype)
-            energy, pull = operations.class_attraction(z, bank.mean, bank.metric(), index, weights)
+        for layer, (name, bank) in enumerate(banks.items()):
+            z = vectors[layer]
+            move = bank.observe(classes, size, *moments[layer]) if train else None
+            energy, pull = OPERATIONS[backend].class_attraction(
+                z, bank.mean, bank.metric(), index, coefficient.to(bank.mean.dtype)
+            )
             energies.append(energy.mean() / z.shape[1])
-            if train:
+            if move is not None:
                 bank.follow(move)
-            if train and layers[name].requires_grad:
-                # Its length does not matter; at most 1, it fits in half precision.
-                pull = pull / pull.abs().max().clamp(min=torch.finfo(pull.dtype).tiny)
-                (pull,) = torch.autograd.grad(pooled, leaf, pull.to(pooled.dtype))
-                self._apply_to(name, layers[name], Balance(pull, self.ratio * own.mean()))
+                self._lay_ready(name, layers[name], pooled[name], pull, ratio)
         return torch.stack(energies).mean()
 
     def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
@@ -201,21 +209,33 @@ class CWBR(nn.Module):
                     self.banks[key] = ClassBank(classes, dims, self.momentum, **factory)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _vector(self, name: str, layer: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_options_of_call(self, logits: Tensor, soft: bool) -> None:
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits: expected C = num_classes = {self.num_classes} columns, "
+                f"got {validation.describe(logits)}"
+            )
+        if soft and self._processes() is not None:
+            raise ValueError("targets: expected class indices with group, got soft targets")
+
+    def _processes(self) -> ProcessGroup | None:
+        if self.group is None:
+            return None
+        from cwbr_fused import distributed
+
+        return distributed.process_group(self.group)
+
+    def _pooled(self, name: str, layer: Tensor) -> tuple[Tensor, Tensor]:
         """A leaf in place of the layer, and the vectors pooled from it."""
         leaf = layer.detach().requires_grad_()
         with torch.enable_grad():
-            pooled = self.pool(leaf)
-        if (
-            not isinstance(pooled, Tensor)
-            or pooled.shape[:1] != layer.shape[:1]
-            or pooled.dim() != 2
-        ):
+            z = self.pool(leaf)
+        if not isinstance(z, Tensor) or z.shape[:1] != layer.shape[:1] or z.dim() != 2:
             raise ValueError(
                 f"pool: expected to get (B, D) from {name}, a {validation.describe(layer)}, "
-                f"got {validation.describe(pooled)}"
+                f"got {validation.describe(z)}"
             )
-        return leaf, pooled
+        return leaf, z
 
     def _bank(self, name: str, z: Tensor) -> ClassBank:
         key = name.replace(".", "/")
@@ -237,16 +257,64 @@ class CWBR(nn.Module):
         return bank
 
     def _coefficients(
-        self, operations: Any, logits: Tensor, targets: Tensor, seen: Tensor
+        self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes (B, 1 + J) that act on each sample, how strongly, and its own probability."""
-        targets = targets.long()
-        index, weight, own = operations.top_confusions(logits, targets, seen, self.confusions)
-        index = torch.cat([targets[:, None], index], 1)
-        coefficient = torch.cat([torch.ones_like(own)[:, None], -self.push * weight], 1)
-        return torch.where(seen[targets][:, None], index, -1), coefficient, own
+        """The classes (B, S + J) that act on each sample, how strongly, and its own probability."""
+        labels, shares = _labels(targets)
+        index, probability, own = OPERATIONS[backend].top_confusions(
+            logits, labels[:, 0], seen, self.confusions
+        )
+        if labels.shape[1] > 1:
+            also_own = (index[:, :, None] == labels[:, None, 1:]) & (shares[:, None, 1:] > 0)
+            index = torch.where(also_own.any(2), -1, index)
+            other = logits.gather(1, labels[:, 1:]) - logits.gather(1, labels[:, :1])
+            own = own * (1 + torch.where(shares[:, 1:] > 0, other.exp(), 0).sum(1))
+        index = torch.cat([labels, index], 1)
+        coefficient = torch.cat([shares.to(own.dtype), -self.push * probability], 1)
+        # A sample whose own class is new is left alone: pushing it would have no counterweight.
+        known = (seen[labels] | (shares == 0)).all(1, keepdim=True)
+        return torch.where(known, index, -1), coefficient, own
 
-    def _apply_to(self, name: str, layer: Tensor, balance: Balance) -> None:
+    def _moments(
+        self, backend: str, vectors: list[Tensor], targets: Tensor
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Classes (K,), how many samples each has, and their moments (K, D) at every layer."""
+        processes = self._processes()
+        if processes is not None:
+            from cwbr_fused import distributed
+
+            return distributed.class_moments(vectors, targets, self.num_classes, backend, processes)
+        if targets.dim() == 2:
+            members = soft_targets.membership(targets, LEAST_SOFT_WEIGHT)
+            moments = [
+                soft_targets.class_moments(z, members.shares, 0.0, accumulation_dtype(z.dtype))
+                for z in vectors
+            ]
+            return members.classes, members.counts, moments
+        operations = OPERATIONS[backend]
+        order, offsets, classes = operations.group_by_class(targets, 1)
+        moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
+        return classes, offsets.diff(), moments
+
+    def _mean(self, own: Tensor) -> Tensor:
+        processes = self._processes()
+        if processes is None:
+            return own.mean()
+        from cwbr_fused import distributed
+
+        return distributed.mean_over_samples(own, processes)
+
+    def _lay_ready(
+        self, name: str, layer: Tensor, pooled: tuple[Tensor, Tensor], pull: Tensor, ratio: Tensor
+    ) -> None:
+        """Lays the gradient ready where the backward pass will come by."""
+        if not layer.requires_grad:
+            return
+        leaf, z = pooled
+        # Its length does not matter; at most 1, it fits in half precision.
+        largest = pull.abs().amax().clamp(min=torch.finfo(pull.dtype).tiny)
+        (pull,) = torch.autograd.grad(z, leaf, (pull / largest).to(z.dtype))
+        balance = Balance(pull, ratio, self._processes())
         self._balances[name] = balance
         if name in self._taps:
             self._taps[name].balance = balance
@@ -267,6 +335,16 @@ class CWBR(nn.Module):
                 )
 
 
-def _dtype(z: Tensor, bank: ClassBank) -> torch.dtype:
-    """That of z, unless the bank accumulates in another than z would."""
-    return z.dtype if accumulation_dtype(z.dtype) == bank.mean.dtype else bank.mean.dtype
+def _vector(z: Tensor, bank: ClassBank) -> Tensor:
+    """z without its graph, in a dtype that is accumulated in that of the bank."""
+    dtype = bank.mean.dtype
+    return z.detach() if accumulation_dtype(z.dtype) == dtype else z.detach().to(dtype)
+
+
+def _labels(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Own classes (B, S) of each sample and their shares, which sum to 1 unless all are 0."""
+    if targets.dim() == 1:
+        labels = targets.long()[:, None]
+        return labels, torch.ones_like(labels, dtype=torch.float32)
+    shares, labels = targets.topk(min(2, targets.shape[1]))
+    return labels, shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)

@@ -3,11 +3,12 @@
 A bank holds a mean for each of all C classes, and variances that they share. For a sample z of
 class y the squared Mahalanobis distance to class c is 8 times the Bhattacharyya distance of
 N(z, var) and N(mean_c, var). `CWBR` pulls z to its own class and pushes it from those that the
-model confuses with it:
+model confuses with it, by the probabilities p that the model itself gives them:
 
-    E(z) = |z - mean_y|^2 / (2 var) - push * sum_j w_j |z - mean_j|^2 / (2 var),    sum_j w_j = 1.
+    E(z) = |z - mean_y|^2 / (2 var) - sum_j p_j |z - mean_j|^2 / (2 var)
 
-`top_confusions` names the classes j and their weights w, `class_attraction` is E and its gradient.
+`top_confusions` names the classes j and their probabilities, `class_attraction` is E, for any
+coefficients, and its gradient.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ def top_confusions(
         index: (B, J) int64 with J = min(top, C - 1), by falling logit, ties to the smaller class;
             -1 where there is no candidate left, and in rows that hold a NaN or an infinity
             other than -inf.
-        weight: (B, J), the softmax over the J logits, which is the softmax over all classes
-            restricted to these and normalised; 0 where index is -1. Rows sum to 1 or 0.
+        weight: (B, J), their probabilities, of the softmax over all C; 0 where index is -1.
         own: (B,), the probability of the sample's own class among all C.
     """
     dtype = accumulation_dtype(logits.dtype)
     classes = logits.shape[1]
     scores = logits.to(dtype)
-    own = (scores.gather(1, targets[:, None].long())[:, 0] - scores.logsumexp(1)).exp()
-    finite = ((scores < torch.inf).all(1))[:, None]
+    normalizer = scores.logsumexp(1)
+    own = (scores.gather(1, targets[:, None].long())[:, 0] - normalizer).exp()
+    finite = (scores < torch.inf).all(1)[:, None]
     candidate = seen & (torch.arange(classes, device=logits.device) != targets[:, None])
     scores = torch.where(candidate & finite, scores, -torch.inf)
     value, index = scores.sort(dim=1, descending=True, stable=True)
     width = max(0, min(top, classes - 1))
     value, index = value[:, :width], index[:, :width]
     usable = value > -torch.inf
-    weight = torch.where(usable, value.softmax(1), 0)
+    weight = torch.where(usable, (value - normalizer[:, None]).exp(), 0)
     return torch.where(usable, index, -1), weight, own
 
 

@@ -34,7 +34,7 @@ class Membership(NamedTuple):
     classes: Tensor
 
 
-def membership(targets: Tensor, min_count: int) -> Membership:
+def membership(targets: Tensor, min_count: float) -> Membership:
     """The classes whose weights sum to at least `min_count`, to within a thousandth of it.
 
     K = min(C, B // min_count) is static, and holds every usable class if no row sums to more than
@@ -48,7 +48,7 @@ def membership(targets: Tensor, min_count: int) -> Membership:
     sums = targets.sum(0)
     usable = sums >= min_count * (1 - 1e-3)
     ranked = torch.sort(torch.where(usable, sums, -1.0), descending=True, stable=True).indices
-    largest = ranked[: min(columns, batch // min_count)]
+    largest = ranked[: min(columns, int(batch / min_count))]
     classes = torch.sort(torch.where(usable[largest], largest, columns)).values
     used = classes < columns
     row = torch.where(used, classes, 0)

@@ -92,7 +92,7 @@ def test_confusions_are_the_most_probable_other_seen_classes() -> None:
     seen = torch.tensor([True, True, False, True, True])
     index, weight, own = reference_bank.top_confusions(logits, torch.tensor([0, 1]), seen, 2)
     assert index.tolist() == [[1, 3], [3, 4]]
-    torch.testing.assert_close(weight, torch.tensor([[4.0, 3.0], [2.0, 1.0]]).softmax(1))
+    torch.testing.assert_close(weight, logits.softmax(1).gather(1, index))
     torch.testing.assert_close(own, logits.softmax(1)[[0, 1], [0, 1]])
 
 
@@ -101,7 +101,7 @@ def test_ties_go_to_the_smaller_class_and_missing_candidates_are_marked() -> Non
     seen = torch.tensor([True, False, True, True])
     index, weight, _ = reference_bank.top_confusions(logits, torch.tensor([2, 0]), seen, 3)
     assert index.tolist() == [[0, 3, -1], [2, 3, -1]]
-    assert weight.tolist() == [[0.5, 0.5, 0.0]] * 2
+    assert weight.tolist() == [[0.25, 0.25, 0.0]] * 2
 
 
 def test_added_gradient_has_the_promised_length(network: Network) -> None:
@@ -132,7 +132,7 @@ def test_added_gradient_points_along_the_energy(network: Network) -> None:
     index, weight, _ = reference_bank.top_confusions(logits, targets, bank.count > 0, 5)
     pull = features["body"] - bank.mean[targets]
     push = (weight[:, :, None] * (features["body"][:, None] - bank.mean[index])).sum(1)
-    energy_gradient = (pull - 0.3 * push) / cwbr.banks["body"].metric()
+    energy_gradient = (pull - push) / cwbr.banks["body"].metric()
     direction = energy_gradient / energy_gradient.norm()
     torch.testing.assert_close(added / added.norm(), direction, rtol=1e-4, atol=1e-6)
 
@@ -351,3 +351,49 @@ def test_copies_of_the_module_have_taps_of_their_own() -> None:
     cwbr.catch(model, ["network.conv"])
     copied = copy.deepcopy(cwbr)
     assert copied._taps["network.conv"] is not cwbr._taps["network.conv"]
+
+
+def test_one_hot_soft_targets_are_class_indices() -> None:
+    results = []
+    for soft in (False, True):
+        torch.manual_seed(0)
+        network, cwbr = Network(), CWBR(CLASSES)
+        for seed in range(4):
+            images, targets = batch(seed)
+            logits, features = network(images)
+            features["body"].retain_grad()
+            given = nn.functional.one_hot(targets, CLASSES).float() if soft else targets
+            energy = cwbr(features, logits, given)
+            cross_entropy(logits, targets).backward()
+        results.append((energy, features["body"].grad, cwbr.banks["conv"].mean))
+    for hard, soft_result in zip(*results, strict=True):
+        torch.testing.assert_close(soft_result, hard, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixed_sample_is_pulled_to_both_of_its_classes(network: Network) -> None:
+    cwbr = warmed_up(network, push=0)
+    images, _ = batch()
+    logits, features = network(images)
+    share = torch.tensor([0.7, 0.3])
+    mixed = torch.zeros(len(images), CLASSES)
+    mixed[:, 1:3] = share
+    body = features["body"]
+    (incoming,) = torch.autograd.grad(cross_entropy(logits, mixed), body, retain_graph=True)
+    bank = copy.deepcopy(cwbr.banks["body"])
+    assert isinstance(bank, ClassBank)
+    body.retain_grad()
+    cwbr(features, logits, mixed)
+    cross_entropy(logits, mixed).backward()
+    assert body.grad is not None
+    added = body.grad - incoming
+    direction = (body.detach() - share @ bank.mean[1:3]) / cwbr.banks["body"].metric()
+    torch.testing.assert_close(
+        added / added.norm(), direction / direction.norm(), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_bad_soft_targets_are_named(network: Network) -> None:
+    images, _ = batch()
+    logits, features = network(images)
+    with pytest.raises(ValueError, match="targets"):
+        CWBR(CLASSES)(features, logits, torch.full((len(images), CLASSES), -1.0))

@@ -7,7 +7,7 @@ differentiate.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,26 +57,21 @@ def balanced(regularizer: CWBR) -> Step:
 
 
 class RandomPartners(CWBR):
-    """Pushes from random classes instead of confused ones: does the confusion matter?"""
+    """Pushes from random classes, as strongly as from confused ones: does the confusion matter?"""
 
     def _coefficients(
-        self, operations: Any, logits: Tensor, targets: Tensor, seen: Tensor
+        self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        index, coefficient, _ = super()._coefficients(
-            operations, torch.rand_like(logits), targets, seen
-        )
-        own = logits.float().softmax(1).gather(1, targets[:, None])[:, 0]
-        return index, coefficient, own
+        index, coefficient, own = super()._coefficients(backend, logits, targets, seen)
+        others, _, _ = super()._coefficients(backend, torch.rand_like(logits), targets, seen)
+        return torch.where(index >= 0, others, -1), coefficient, own
 
 
 class FixedRatio(CWBR):
     """The same share of the gradient from the first step to the last."""
 
-    def _coefficients(
-        self, operations: Any, logits: Tensor, targets: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        index, coefficient, own = super()._coefficients(operations, logits, targets, seen)
-        return index, coefficient, torch.ones_like(own)
+    def _mean(self, own: Tensor) -> Tensor:
+        return own.new_ones(())
 
 
 class PairBank:
