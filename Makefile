@@ -31,7 +31,7 @@ format: $(READY)
 	$(VENV)/bin/clang-format -i $(CPP)
 
 train: $(READY)
-	$(PY) examples/train_fgvc.py --compare ce plain --out runs/glyphs
+	$(PY) examples/train_fgvc.py --compare ce cwbr --out runs/glyphs
 
 # The CPU kernels alone, under the address, undefined-behaviour and thread sanitizers.
 sanitize:
