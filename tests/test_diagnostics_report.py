@@ -115,21 +115,18 @@ def test_overlaps_that_underflow_in_float32_keep_their_value() -> None:
     assert result["layers"]["a"]["underflow"] == 0.5
 
 
-@pytest.mark.parametrize("n", [4, 10, 40])
-def test_distance_floor_is_what_identical_gaussian_classes_read(n: int) -> None:
-    generator = torch.Generator().manual_seed(n)
-    y = torch.arange(2).repeat_interleave(n)
-    z = 5 + 3 * torch.randn(2 * n, 40_000, generator=generator)
-    layer = report({"a": z}, torch.zeros(2 * n, 2), y)["layers"]["a"]
+@pytest.mark.parametrize("sizes", [(4, 4), (40, 40), (5, 10), (2, 30)])
+def test_distance_floor_is_what_identical_gaussian_classes_read(sizes: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    y = torch.arange(2).repeat_interleave(torch.tensor(sizes))
+    z = 5 + 3 * torch.randn(len(y), 40_000, generator=generator)
+    layer = report({"a": z}, torch.zeros(len(y), 2), y)["layers"]["a"]
     assert layer["distance"] == pytest.approx(layer["distance_floor"], rel=0.02)
 
 
-def test_distance_floor_of_unequal_classes_is_near() -> None:
-    generator = torch.Generator().manual_seed(0)
-    y = torch.tensor([0] * 5 + [1] * 10)
-    z = torch.randn(15, 40_000, generator=generator)
-    layer = report({"a": z}, torch.zeros(15, 2), y)["layers"]["a"]
-    assert layer["distance"] == pytest.approx(layer["distance_floor"], rel=0.1)
+def test_two_classes_of_two_samples_have_no_finite_floor() -> None:
+    result = report({"a": torch.randn(4, 3)}, torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
+    assert result["layers"]["a"]["distance_floor"] is None
 
 
 def test_bound_holds_for_the_best_classifier_of_diagonal_gaussians() -> None:
@@ -173,6 +170,21 @@ def test_gradients_are_reported_by_layer_and_what_else_is_measured_is_ignored() 
     assert [layers["b"][key] for key in keys] == [2.0, 0.5, None]
     assert [layers["a"][key] for key in keys] == [None, None, None]
     assert "ratio" not in layers["b"]
+
+
+def test_gradients_may_be_the_health_of_cwbr() -> None:
+    torch.manual_seed(0)
+    body, head = torch.nn.Linear(8, 5), torch.nn.Linear(5, 3)
+    cwbr, (x, _, y) = cwbr_fused.CWBR(3), batch(10, 12, 8, 3)
+    for _ in range(2):
+        features = {"body": body(x)}
+        logits = head(features["body"])
+        cwbr(features, logits, y)
+        cross_entropy(logits, y).backward()
+    layer = report(features, logits, y, gradients=cwbr.health())["layers"]["body"]
+    assert layer["ce_norm"] > 0
+    assert layer["reg_norm"] > 0
+    assert -1 <= layer["cosine"] <= 1
 
 
 def test_what_is_undefined_or_not_finite_is_none_and_json_can_write_it() -> None:

@@ -16,7 +16,9 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def largest_off_diagonal(matrix: Sequence[Sequence[float | None]]) -> float:

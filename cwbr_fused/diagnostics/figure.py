@@ -145,12 +145,11 @@ def _heat_map(ax: Any, report: Report, label: Callable[[int], str], thumbs: Thum
     norm = PowerNorm(0.5, 0, largest_off_diagonal(matrix) or 1)
     picture = ax.imshow(shown, cmap="Blues", norm=norm, aspect="auto")
     ax.figure.colorbar(picture, ax=ax, shrink=0.7, pad=0.02)
-    place = {k: row for row, k in enumerate(classes)}
+    place = {k: position for position, k in enumerate(classes)}
     for pair in report["pairs"]:
         if all(k in place for k in pair["classes"]):
             i, j = (place[k] for k in pair["classes"])
-            for row, column in ((i, j), (j, i)):
-                corner = column - 0.45, row - 0.45
+            for corner in ((i - 0.45, j - 0.45), (j - 0.45, i - 0.45)):
                 ax.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, color="#1d2430", lw=0.8))
     texts = ["" if k in thumbs else label(k) for k in classes]
     size = 300 / len(classes)

@@ -46,12 +46,11 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .heat th { font-weight: 400; font-size: 12px; padding: 0 }
 .heat th div { display: flex; align-items: center; justify-content: flex-end; gap: .3em;
   max-width: 14em; padding-right: .4em }
-.heat thead th { vertical-align: bottom }
-.heat thead th div { writing-mode: vertical-rl; transform: rotate(180deg); max-width: none;
-  max-height: 12em; flex-direction: row-reverse; justify-content: flex-end; padding: .4em 0 0 }
+.heat thead th { vertical-align: bottom; text-align: center }
+.heat thead .name { display: inline-block; writing-mode: vertical-rl; transform: rotate(180deg);
+  text-orientation: sideways; max-height: 12em; line-height: 1.4 }
 .heat .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .heat .thumb { flex: none; width: 22px; height: 22px; margin: 0 }
-.heat thead .thumb { transform: rotate(180deg) }
 .heat .same { background: #f2f4f7 }
 .heat .pair { outline: 1.5px solid #1d2430; outline-offset: -2px }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 1.4em }
@@ -108,19 +107,17 @@ def html(history: Sequence[Report], names: Mapping[int, str], thumbs: Mapping[in
 
 
 def _tiles(report: Report) -> str:
+    step = None if report["step"] is None else str(report["step"])
+    before = report["error_rate_before"]
+    before = None if before is None else percent(before)
     tiles = [
-        ("step", None if report.get("step") is None else str(report["step"])),
+        ("step", step),
         ("samples", f"{report['samples']:,}"),
         ("classes", f"{report['classes']:,}"),
         ("accuracy", percent(report["accuracy"])),
         ("cross-entropy", number(report["cross_entropy"])),
         ("error rate of the pairs", percent(report["error_rate"])),
-        (
-            "before",
-            percent(report["error_rate_before"])
-            if report["error_rate_before"] is not None
-            else None,
-        ),
+        ("before", before),
         ("scale", number(report["scale"])),
     ]
     shown = "".join(
@@ -197,28 +194,29 @@ def _heat_map(report: Report, names: Mapping[int, str], thumbs: Mapping[int, Ten
         return "<p>Nothing to show.</p>"
     largest = largest_off_diagonal(matrix)
     pairs = {tuple(pair["classes"]) for pair in report["pairs"]}
-    labels = {
-        k: f'<th title="{escape(names[k])}"><div><span class="name">{escape(names[k])}</span>'
-        f"{_thumb(k, names, thumbs)}</div></th>"
-        for k in classes
-    }
+    named = {k: f'<span class="name">{escape(names[k])}</span>' for k in classes}
+    pictures = {k: _thumb(k, names, thumbs) for k in classes}
+    head = "".join(
+        f'<th title="{escape(names[k])}">{pictures[k] or named[k]}</th>' for k in classes
+    )
     rows = []
     for k, row in zip(classes, matrix, strict=True):
         cells = []
         for j, value in zip(classes, row, strict=True):
-            tip = f'title="{escape(names[k])} taken for {escape(names[j])}: {percent(value)}"'
+            tip = f'title="{escape(names[k])} as {escape(names[j])}: {percent(value)}"'
             paired = ' class="pair"' if (k, j) in pairs or (j, k) in pairs else ""
             cells.append(
                 f'<td class="same" {tip}></td>'
                 if j == k
                 else f'<td{paired} {tip} style="background:{_shade(value, largest)}"></td>'
             )
-        rows.append(f"<tr>{labels[k]}{''.join(cells)}</tr>")
+        label = f"<th><div>{named[k]}{pictures[k]}</div></th>"
+        rows.append(f"<tr>{label}{''.join(cells)}</tr>")
     return (
         "<p class=\"muted\">Mean softmax of the column's class over the samples of the row's, on a "
         f"square-root scale from white, 0, to dark, {percent(largest)}. The listed pairs are "
         'framed.</p><div class="scroll"><table class="heat"><thead><tr><th></th>'
-        f"{''.join(labels.values())}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from cwbr_fused.diagnostics.arguments import (
 from cwbr_fused.diagnostics.measures import linear_probe, pair_error_rate, top_confusing_pairs
 from cwbr_fused.features import to_vec
 from cwbr_fused.ops import OPERATIONS
+from cwbr_fused.shrinkage import log_and_inverse_mean
 
 SHOWN_CLASSES = 40  # of the confusion matrix
 
@@ -126,18 +126,14 @@ def report(
     i, j = torch.searchsorted(classes, pairs.T.contiguous())
     alpha = finite_list((mean_probs[i, j] + mean_probs[j, i]) / 2)
     sizes = targets.long().bincount(minlength=logits.shape[1])[pairs].cpu()
-    usable = (sizes >= min_count).all(1)
+    options: dict[str, Any] = {"min_count": min_count, "eps": eps, "backend": backend}
     by_layer = {
-        layer: _pair_measures(z, targets, pairs, sizes, usable, min_count, eps, backend)
-        for layer, z in vectors.items()
+        layer: _pair_measures(z, targets, pairs, sizes, **options) for layer, z in vectors.items()
     }
 
-    ce = float(cross_entropy(logits.to(reference.accumulation_dtype(logits.dtype)), targets.long()))
-    reg = float(
-        losses.loss(
-            vectors, logits, targets, top_m=top_m, min_count=min_count, eps=eps, backend=backend
-        )
-    )
+    dtype = reference.accumulation_dtype(logits.dtype)
+    ce = float(cross_entropy(logits.to(dtype), targets.long()))
+    reg = float(losses.loss(vectors, logits, targets, top_m=top_m, **options))
     return {
         "step": step,
         "samples": len(targets),
@@ -157,15 +153,12 @@ def report(
                 "alpha": alpha[m],
                 "error_rate": rates[m],
                 "error_rate_before": rates_before[m],
-                "layers": {
-                    layer: {key: finite(values[m]) for key, values in measures.items()}
-                    for layer, measures in by_layer.items()
-                },
+                "layers": {layer: _row(measures, m) for layer, measures in by_layer.items()},
             }
             for m, pair in enumerate(pairs.tolist())
         ],
         "layers": {
-            layer: _layer(measures, sizes[usable], usable, vectors[layer].shape[1])
+            layer: _layer(measures, sizes, min_count, vectors[layer].shape[1])
             | {"probe": probes.get(layer)}
             | measured.get(layer, dict.fromkeys(GRADIENTS))
             for layer, measures in by_layer.items()
@@ -217,12 +210,12 @@ def _pair_measures(
     targets: Tensor,
     pairs: Tensor,
     sizes: Tensor,
-    usable: Tensor,
     min_count: int,
     eps: float,
     backend: str,
 ) -> dict[str, Tensor]:
-    """Distance, overlap and bound of each pair, (M,) float64; NaN where not usable."""
+    """Distance, overlap and bound of each pair, (M,) float64; NaN without moments."""
+    usable = (sizes >= min_count).all(1)
     operations = OPERATIONS[backends.resolve(backend, z.device.type)]
     order, offsets, classes = operations.group_by_class(targets, min_count)
     mean, var = operations.class_moments(z, order, offsets, eps)
@@ -234,10 +227,15 @@ def _pair_measures(
     return {"distance": distance, "rho": rho, "bayes_bound": share.prod(1).sqrt() * rho}
 
 
+def _row(measures: Mapping[str, Tensor], row: int) -> dict[str, float | None]:
+    return {key: finite(values[row]) for key, values in measures.items()}
+
+
 def _layer(
-    measures: Mapping[str, Tensor], sizes: Tensor, usable: Tensor, dims: int
+    measures: Mapping[str, Tensor], sizes: Tensor, min_count: int, dims: int
 ) -> dict[str, Any]:
-    """Means over the usable pairs, which have the given sizes (M, 2)."""
+    """Means over the pairs that have moments, of which `sizes` (M, 2) tells."""
+    usable = (sizes >= min_count).all(1)
     means = {key: finite(values[usable].mean()) for key, values in measures.items()}
     distance = means["distance"]
     vanished = measures["distance"][usable].float().neg().exp() == 0
@@ -245,7 +243,7 @@ def _layer(
         "dims": dims,
         **means,
         "distance_per_dim": None if distance is None else distance / dims,
-        "distance_floor": finite(dims * _floor_per_dim(sizes).mean()),
+        "distance_floor": finite(dims * _floor_per_dim(sizes[usable]).mean()),
         "underflow": finite(vanished.double().mean()),
     }
 
@@ -253,14 +251,15 @@ def _layer(
 def _floor_per_dim(sizes: Tensor) -> Tensor:
     """Expected D per dimension of identical Gaussian classes with (M, 2) samples, (M,) float64.
 
-    Of n samples each, the means differ by 2 v / n in the square, and n var / v is chi-square with
-    n - 1 degrees of freedom, that of two classes together with 2 n - 2; so
-    `E[D] = 1 / (4 (n - 2)) + (psi(n - 1) - psi((n - 1) / 2) - log(2)) / 2`. For unequal n their
-    harmonic mean, which reads some percent low. Infinite up to n = 2.
+    In units of their variance, the measured ones are independent `chi2(n - 1) / n`, and the means
+    differ by `1/n_i + 1/n_j` in the square. Infinite for two classes of two samples.
     """
-    n = 2 / (1 / sizes.double()).sum(1)
-    spread = torch.digamma(n - 1) - torch.digamma((n - 1) / 2) - math.log(2)
-    return torch.where(n > 2, 1 / (4 * (n - 2)) + spread / 2, torch.inf)
+    n_i, n_j = sizes.double().unbind(1)
+    log_i, _ = log_and_inverse_mean((1 / n_i, n_i - 1))
+    log_j, _ = log_and_inverse_mean((1 / n_j, n_j - 1))
+    log_s, inverse_s = log_and_inverse_mean((0.5 / n_i, n_i - 1), (0.5 / n_j, n_j - 1))
+    floor = (1 / n_i + 1 / n_j) / 8 * inverse_s + log_s / 2 - (log_i + log_j) / 4
+    return torch.where((sizes > 1).all(1) & (sizes.sum(1) > 4), floor, torch.inf)
 
 
 def _confusion(
