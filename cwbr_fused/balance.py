@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cwbr_fused.features import Spread
 from cwbr_fused.reference import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ class Balance:
     """Adds `ratio * |g| / |r| * r` to a gradient g.
 
     Args:
-        pull: r, of the shape of g; its length does not matter.
+        pull: r; its length does not matter.
         ratio: scalar tensor.
         group: processes whose samples are measured together; their backward passes then wait for
             one another, three numbers per feature.
     """
 
-    def __init__(self, pull: Tensor, ratio: Tensor, group: ProcessGroup | None = None) -> None:
+    def __init__(self, pull: Spread, ratio: Tensor, group: ProcessGroup | None = None) -> None:
         self.pull, self.ratio, self.group = pull, ratio, group
         self.record: Tensor | None = None
 
@@ -38,10 +39,15 @@ class Balance:
         """The gradient to go on with; keeps the lengths of both parts and their cosine."""
         if incoming is None:  # an output of a compiled graph that the loss does not use
             return None
+        r, part = self.pull
+        g = incoming[:, part]
         dtype = accumulation_dtype(incoming.dtype)
+        copies = g.numel() / max(r.numel(), 1)
         g_norm = torch.linalg.vector_norm(incoming, dtype=dtype)
-        r_norm = torch.linalg.vector_norm(self.pull, dtype=dtype)
-        dot = (incoming.to(dtype) * self.pull).sum()
+        r_norm = torch.linalg.vector_norm(r, dtype=dtype) * copies**0.5
+        broadcast = [d for d in range(g.dim()) if r.shape[d] != g.shape[d]]
+        shared = g.sum(broadcast, keepdim=True, dtype=dtype) if broadcast else g.to(dtype)
+        dot = (shared * r).sum()
         if self.group is not None:
             from cwbr_fused.distributed import all_reduce
 
@@ -51,7 +57,12 @@ class Balance:
         scale = torch.where(r_norm > 0, self.ratio * g_norm / r_norm.clamp(min=tiny), 0)
         cosine = dot / (g_norm * r_norm).clamp(min=tiny)
         self.record = torch.stack([g_norm, scale * r_norm, cosine])
-        return incoming + self.pull * scale
+        added = (r * scale).to(incoming.dtype)
+        if part == slice(None):
+            return incoming + added
+        result = incoming.clone()
+        result[:, part] += added
+        return result
 
     def numbers(self) -> dict[str, float]:
         """See `CWBR.health`."""

@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from cwbr_fused import backends, soft_targets, validation
 from cwbr_fused.balance import Balance, Tap
 from cwbr_fused.bank import ClassBank
-from cwbr_fused.features import FeatureCatcher, find_layer, to_vec
+from cwbr_fused.features import FeatureCatcher, Spread, find_layer, spread, to_vec
 from cwbr_fused.ops import OPERATIONS
 from cwbr_fused.reference import accumulation_dtype
 
@@ -45,6 +46,13 @@ if TYPE_CHECKING:
 LEAST_SOFT_WEIGHT = 0.5
 # Backward passes without a gradient at a feature before the warning; one may be skipped on purpose.
 MISSES_BEFORE_WARNING = 3
+
+
+class Pooled(NamedTuple):
+    """A feature cut off from the graph of the model, and the (B, D) vectors pooled from it."""
+
+    leaf: Tensor
+    z: Tensor
 
 
 class CWBR(nn.Module):
@@ -225,9 +233,11 @@ class CWBR(nn.Module):
 
         return distributed.process_group(self.group)
 
-    def _pooled(self, name: str, layer: Tensor) -> tuple[Tensor, Tensor]:
-        """A leaf in place of the layer, and the vectors pooled from it."""
-        leaf = layer.detach().requires_grad_()
+    def _pooled(self, name: str, layer: Tensor) -> Pooled:
+        leaf = layer.detach()
+        if self._to_vec_options is not None:
+            return Pooled(leaf, to_vec(leaf, **self._to_vec_options))
+        leaf.requires_grad_()
         with torch.enable_grad():
             z = self.pool(leaf)
         if not isinstance(z, Tensor) or z.shape[:1] != layer.shape[:1] or z.dim() != 2:
@@ -235,7 +245,22 @@ class CWBR(nn.Module):
                 f"pool: expected to get (B, D) from {name}, a {validation.describe(layer)}, "
                 f"got {validation.describe(z)}"
             )
-        return leaf, z
+        return Pooled(leaf, z)
+
+    def _spread(self, pooled: Pooled, pull: Tensor) -> Spread:
+        if self._to_vec_options is not None:
+            return spread(pull, pooled.leaf, **self._to_vec_options)
+        (gradient,) = torch.autograd.grad(pooled.z, pooled.leaf, pull.to(pooled.z.dtype))
+        return Spread(gradient, slice(None))
+
+    @property
+    def _to_vec_options(self) -> dict[str, Any] | None:
+        """Of `to_vec`, whose backward pass is known without a graph, or of a partial of it."""
+        if self.pool is to_vec:
+            return {}
+        if isinstance(self.pool, partial) and self.pool.func is to_vec and not self.pool.args:
+            return self.pool.keywords
+        return None
 
     def _bank(self, name: str, z: Tensor) -> ClassBank:
         key = name.replace(".", "/")
@@ -305,16 +330,14 @@ class CWBR(nn.Module):
         return distributed.mean_over_samples(own, processes)
 
     def _lay_ready(
-        self, name: str, layer: Tensor, pooled: tuple[Tensor, Tensor], pull: Tensor, ratio: Tensor
+        self, name: str, layer: Tensor, pooled: Pooled, pull: Tensor, ratio: Tensor
     ) -> None:
-        """Lays the gradient ready where the backward pass will come by."""
+        """Puts the gradient where the backward pass will come by."""
         if not layer.requires_grad:
             return
-        leaf, z = pooled
         # Its length does not matter; at most 1, it fits in half precision.
-        largest = pull.abs().amax().clamp(min=torch.finfo(pull.dtype).tiny)
-        (pull,) = torch.autograd.grad(z, leaf, (pull / largest).to(z.dtype))
-        balance = Balance(pull, ratio, self._processes())
+        pull = pull / pull.abs().amax().clamp(min=torch.finfo(pull.dtype).tiny)
+        balance = Balance(self._spread(pooled, pull), ratio, self._processes())
         self._balances[name] = balance
         if name in self._taps:
             self._taps[name].balance = balance

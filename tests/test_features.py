@@ -15,7 +15,7 @@ from models import ResNet, SwinLike, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cwbr_fused.features import FeatureCatcher, to_vec
+from cwbr_fused.features import FeatureCatcher, spread, to_vec
 
 
 class Outer(nn.Module):
@@ -481,3 +481,27 @@ def test_explicit_features_need_no_hooks_in_a_compiled_model(
     logits, vecs = torch.compile(forward, backend="eager", fullgraph=True)(images)
     torch.testing.assert_close(logits, model(images))
     assert [v.shape for v in vecs] == [(2, 8), (2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 4), {}),
+        ((3, 6, 4), {}),
+        ((3, 6, 4), {"pool": "cls", "num_prefix_tokens": 2}),
+        ((3, 6, 4), {"pool": "mean", "num_prefix_tokens": 2}),
+        ((3, 6, 4), {"num_prefix_tokens": 0}),
+        ((3, 4, 2, 5), {}),
+        ((3, 2, 5, 4), {"channels_last": True}),
+    ],
+)
+def test_spread_is_the_backward_pass_of_to_vec(
+    shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    feature = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(3, 4, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(to_vec(feature, **options), feature, grad)
+    gradient, part = spread(grad, feature, **options)
+    result = torch.zeros(shape, dtype=torch.float64)
+    result[:, part] += gradient
+    torch.testing.assert_close(result, expected)

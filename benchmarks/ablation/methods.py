@@ -17,6 +17,7 @@ from benchmarks.ablation.settings import CLASSES
 from cwbr_fused.balance import Balance
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.cwbr import CWBR
+from cwbr_fused.features import Spread
 
 Features = Mapping[str, Tensor]
 Step = Callable[[Features, Tensor, Tensor, Tensor], Tensor]
@@ -113,7 +114,8 @@ class PairBank:
                 scaled = distance / distance.mean().detach().clamp(min=1e-12)
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
                 (pull,) = torch.autograd.grad(objective, leaf)
-                layer.register_hook(Balance(pull, torch.tensor(FIXED_RATIO)))
+                share = torch.tensor(FIXED_RATIO)
+                layer.register_hook(Balance(Spread(pull, slice(None)), share))
             bank.follow(move)
         return ce
 
