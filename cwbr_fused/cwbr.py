@@ -165,6 +165,8 @@ class CWBR(nn.Module):
             energies.append(energy.mean() / z.shape[1])
             if move is not None:
                 bank.follow(move)
+                # Its length does not matter; without units it fits in half precision.
+                pull = pull * bank.metric().mean().sqrt()
                 self._lay_ready(name, layers[name], pooled[name], pull, ratio)
         return torch.stack(energies).mean()
 
@@ -335,8 +337,6 @@ class CWBR(nn.Module):
         """Puts the gradient where the backward pass will come by."""
         if not layer.requires_grad:
             return
-        # Its length does not matter; at most 1, it fits in half precision.
-        pull = pull / pull.abs().amax().clamp(min=torch.finfo(pull.dtype).tiny)
         balance = Balance(self._spread(pooled, pull), ratio, self._processes())
         self._balances[name] = balance
         if name in self._taps:
