@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwbr_fused import backends, reference, shrinkage, validation
+from cwbr_fused import backends, reference, validation
 from cwbr_fused.ops import (
     OPERATIONS,
     AllPairDistance,
@@ -29,7 +29,15 @@ from cwbr_fused.ops import (
     PairDistance,
     WeightedOverlap,
 )
-from cwbr_fused.shrinkage import Noise, Pairs, Shrinkage, Temperature
+from cwbr_fused.shrinkage import (
+    Noise,
+    Pairs,
+    Shrinkage,
+    Temperature,
+    adjusted_distance,
+    every_pair,
+    overlap_distance,
+)
 
 
 def class_stats_diag(
@@ -215,12 +223,10 @@ def bhattacharyya_diag(
         distance = AllPairDistance.apply(mean, variance, eps, name)
         return distance, torch.exp(-distance)
     groups = mu.shape[0]
-    pairs = shrinkage.every_pair(
-        groups, mu.device, lambda m, v: AllPairDistance.apply(m, v, eps, name)
-    )
-    flat = shrinkage.adjusted_distance(pairs, mean, variance, eps, temperature, noise_floor)
+    pairs = every_pair(groups, mu.device, lambda m, v: AllPairDistance.apply(m, v, eps, name))
+    flat = adjusted_distance(pairs, mean, variance, eps, temperature, noise_floor)
     distance = flat.view(groups, groups)
-    return distance, torch.exp(-shrinkage.overlap_distance(distance))
+    return distance, torch.exp(-overlap_distance(distance))
 
 
 def bhat_confusion_loss(
@@ -269,10 +275,8 @@ def bhat_confusion_loss(
     log = objective == "log_overlap"
     if temperature is not None or noise_floor is not None:
         chosen = select_pairs(alpha, top_m, eps, name)
-        adjusted = shrinkage.adjusted_distance(
-            chosen, mean, variance, eps, temperature, noise_floor
-        )
-        return reference.overlap(shrinkage.overlap_distance(adjusted), chosen.weights, eps, log)
+        adjusted = adjusted_distance(chosen, mean, variance, eps, temperature, noise_floor)
+        return reference.overlap(overlap_distance(adjusted), chosen.weights, eps, log)
     if top_m is None or top_m >= groups * (groups - 1) // 2:
         value: Tensor = WeightedOverlap.apply(mean, variance, alpha, eps, log, name)
         return value

@@ -17,12 +17,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cwbr_fused import shrinkage as shrinking
 from cwbr_fused import soft_targets
 from cwbr_fused.features import to_vec
-from cwbr_fused.shrinkage import Adjustment, Noise, Pairs, Shrinkage, Temperature
-
-shrink_variance = shrinking.shrink_variance
+from cwbr_fused.shrinkage import (
+    Adjustment,
+    Noise,
+    Pairs,
+    Shrinkage,
+    Temperature,
+    adjusted_distance,
+    every_pair,
+    layer_distances,
+    overlap_distance,
+)
+from cwbr_fused.shrinkage import shrink_variance as shrink_variance
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -309,10 +317,10 @@ def bhattacharyya_diag(
 ) -> tuple[Tensor, Tensor]:
     """See `cwbr_fused.functional.bhattacharyya_diag`."""
     groups = mu.shape[0]
-    pairs = shrinking.every_pair(groups, mu.device, lambda m, v: all_pair_distance(m, v, eps))
-    flat = shrinking.adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
+    pairs = every_pair(groups, mu.device, lambda m, v: all_pair_distance(m, v, eps))
+    flat = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
     distance = flat.view(groups, groups)
-    return distance, torch.exp(-shrinking.overlap_distance(distance))
+    return distance, torch.exp(-overlap_distance(distance))
 
 
 def bhat_confusion_loss(
@@ -329,9 +337,9 @@ def bhat_confusion_loss(
 ) -> Tensor:
     """See `cwbr_fused.functional.bhat_confusion_loss`."""
     pairs = select_pairs(alpha.detach(), top_m, eps)
-    distance = shrinking.adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
+    distance = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
     log = objective == "log_overlap"
-    return overlap(shrinking.overlap_distance(distance), pairs.weights, eps, log)
+    return overlap(overlap_distance(distance), pairs.weights, eps, log)
 
 
 def loss(
@@ -367,7 +375,7 @@ def loss(
         alpha = confusion_weights(logits.detach(), *groups)
         moments = [class_moments(z, *groups[:2], eps) for z in vectors]
     pairs = select_pairs(alpha, top_m, eps)
-    distance, weights = shrinking.layer_distances(pairs, moments, counts, eps, adjustment)
+    distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
     return overlap(distance, weights, eps, objective == "log_overlap").mean()
 
 

@@ -163,7 +163,7 @@ def check_soft_batch(logits: object, targets: Tensor) -> None:
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(((targets >= 0) & targets.isfinite()).all(), f"targets: {what}")
     elif targets.numel() > 0:
-        smallest, largest = (float(bound) for bound in targets.aminmax())
+        smallest, largest = (float(bound) for bound in targets.detach().aminmax())
         if not (smallest >= 0 and math.isfinite(largest)):
             raise ValueError(f"targets: expected {what}, got values from {smallest} to {largest}")
 
