@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ablation import settings, summary, training
+from benchmarks.ablation import cost, settings, summary, training
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.summary import Job
 
@@ -82,7 +82,6 @@ def result(accuracy: float, val: float, pairs: Any = ((0, 1),)) -> dict[str, Any
         "pairs": np.array(pairs, dtype=np.int16),
         "probes": np.array([accuracy / 2]),
         "val_accuracy": np.array(val),
-        "method_share": np.array(0.01),
     }
 
 
@@ -114,6 +113,29 @@ def test_pairs_are_those_of_the_cross_entropy_run() -> None:
     }
     found = {(row.method, row.metric): row for row in summary.rows(results)}
     assert found["CWBR", summary.PAIRS].mean == pytest.approx(10)
+
+
+def test_the_recommended_form_is_also_compared_with_its_pull() -> None:
+    results = {
+        Job(SETTING, method, 0): result(accuracy, 0.7)
+        for method, accuracy in (("ce", 0.8), ("pull", 0.88), ("CWBR", 0.9))
+    }
+    found = {(row.method, row.baseline, row.metric): row for row in summary.rows(results)}
+    assert found["CWBR", "pull", summary.ACCURACY].difference == pytest.approx(2)
+    assert found["CWBR", "ce", summary.ACCURACY].difference == pytest.approx(10)
+    assert "CWBR against pull | 1 | " in summary.table(summary.rows(results))
+
+
+def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "WARM_UP", 1)
+    monkeypatch.setattr(cost, "STEPS", 3)
+    threads = torch.get_num_threads()
+    try:
+        seconds, ratio = cost.measure(SETTING)
+    finally:
+        torch.set_num_threads(threads)
+    assert seconds > 0
+    assert ratio > 0.5
 
 
 def test_table_and_figure_show_what_there_is(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """`make ablation`: runs what is missing, in the order of its worth, and writes the summary.
 
 Every run is one file in `runs/ablation`; stopping and starting again loses at most the runs under
-way. `--summary` only summarises, `--limit N` starts N runs at most, `--seconds S` starts none
-after S seconds.
+way. `--only METHOD ...` runs these, `--summary` only summarises, `--cost` only times the steps,
+`--limit N` starts N runs at most, `--seconds S` starts none after S seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.ablation import cost
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS
 from benchmarks.ablation.summary import Job, load, summarise
@@ -50,11 +51,15 @@ def missing() -> Iterator[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--limit", type=int)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    if options.cost:
+        cost.write()
+        return
     wanted = [job for job in missing() if job.method in options.only]
     jobs = [] if options.summary else wanted[: options.limit]
     started, under_way = time.monotonic(), set[Future[Job]]()

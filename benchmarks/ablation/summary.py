@@ -16,6 +16,7 @@ from cwbr_fused.diagnostics import pair_error_rate
 
 RESULTS = Path(__file__).parents[1] / "results"
 BASELINES = ("ce", "ce pk")
+CONFUSION = ("CWBR", "pull")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ACCURACY, PAIRS = "test accuracy", "error on confusing pairs"
@@ -67,13 +68,14 @@ def metrics(result: Any, pairs: Any) -> dict[str, float]:
         PAIRS: float(error),
         **probes,
     }
-    return {name: 100 * value for name, value in values.items()} | {
-        "share of the step, %": 100 * float(result["method_share"])
-    }
+    return {name: 100 * value for name, value in values.items()}
 
 
 def rows(results: Results) -> list[Row]:
-    """Every metric beside that of the cross-entropy whose sampler did better on validation."""
+    """Every metric beside that of the cross-entropy whose sampler did better on validation.
+
+    Then the recommended form beside its own pull alone: what the confusion adds.
+    """
     found = []
     for setting in dict.fromkeys(job.setting for job in results):
         values = {}
@@ -82,7 +84,7 @@ def rows(results: Results) -> list[Row]:
             if job.setting == setting and reference is not None:
                 values[job.method, job.seed] = metrics(result, reference["pairs"])
         baseline = _better_baseline(values)
-        for method in METHODS:
+        for method, baseline in (*((m, baseline) for m in METHODS), CONFUSION):
             seeds = [s for m, s in values if m == method and (baseline, s) in values]
             for metric in values[method, seeds[0]] if seeds else ():
                 own = np.array([values[method, s][metric] for s in seeds])
@@ -120,24 +122,28 @@ def table(found: list[Row]) -> str:
     """Markdown: per setting and method the mean of each metric and its paired difference."""
     lines = []
     for setting in dict.fromkeys(row.setting for row in found):
-        own = [row for row in found if row.setting == setting]
+        own = [row for row in found if row.setting == setting and row.baseline in BASELINES]
+        added = [row for row in found if row.setting == setting and row not in own]
         names = list(dict.fromkeys(row.metric for row in own))
         head = ["method", "seeds", *names]
         lines += [f"**{setting}**, differences to {own[0].baseline}", ""]
         lines += [" | ".join(["", *head, ""]).strip(), "|---" * len(head) + "|"]
         for method in dict.fromkeys(row.method for row in own):
-            cells = {row.metric: row for row in own if row.method == method}
-            seeds = str(next(iter(cells.values())).seeds)
-            lines.append(
-                " | ".join(["", method, seeds, *(_cell(cells[n]) for n in names), ""]).strip()
-            )
+            lines.append(_line(method, [row for row in own if row.method == method]))
+        if added:
+            lines.append(_line("CWBR against pull", added))
         lines.append("")
     lines += [f"- {name}: {method.what}." for name, method in METHODS.items()]
     return "\n".join(lines) + "\n"
 
 
+def _line(title: str, cells: list[Row]) -> str:
+    values = [title, str(cells[0].seeds), *map(_cell, cells)]
+    return " | ".join(["", *values, ""]).strip()
+
+
 def _cell(row: Row) -> str:
-    if row.method == row.baseline or row.metric.startswith("share"):
+    if row.method == row.baseline:
         return f"{row.mean:.1f}"
     interval = "" if np.isnan(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
     return f"{row.mean:.1f}: {row.difference:+.1f}{interval}"
@@ -150,9 +156,9 @@ def draw(found: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    found = [row for row in found if row.baseline in BASELINES]
     settings = list(dict.fromkeys(row.setting for row in found))
     names = [m for m in dict.fromkeys(row.metric for row in found) if "valid" not in m]
-    names = [m for m in names if not m.startswith("share")]
     methods = [m for m in METHODS if m not in ("ce", "published", "log overlap")]
     figure, axes = plt.subplots(
         *(len(settings), len(names)),

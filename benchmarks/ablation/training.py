@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,8 @@ def run(setting_name: str, method_name: str, seed: int) -> Result:
     network = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     catcher = FeatureCatcher(network, setting.layers)
     step = method.make()
-    started = time.perf_counter()
-    in_method = _train(setting, network, catcher, step, data, method.sampler)
-    trained = time.perf_counter() - started
-    return {
-        **_measure(network, catcher, data),
-        "seconds": trained,
-        "method_share": in_method / trained,
-    }
+    _train(setting, network, catcher, step, data, method.sampler)
+    return _measure(network, catcher, data)
 
 
 def execute(job: Job, folder: Path) -> Job:
@@ -62,26 +55,21 @@ def _train(
     step: Any,
     data: Glyphs,
     kind: str,
-) -> float:
-    """Seconds spent in the method, of all that the training took."""
+) -> None:
     optimizer = setting.optimizer(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, setting.peak_lr, total_steps=setting.steps, pct_start=0.2
     )
-    in_method = 0.0
     network.train()
     for images, targets in data.batches(kind):
         logits = network(images)
         ce = cross_entropy(logits, targets)
-        started = time.perf_counter()
         total = step(catcher.feats, logits, targets, ce)
-        in_method += time.perf_counter() - started
         catcher.clear()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
         schedule.step()
-    return in_method
 
 
 @torch.no_grad()
