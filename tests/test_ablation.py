@@ -148,5 +148,6 @@ def test_table_and_figure_show_what_there_is(tmp_path: Path) -> None:
     text = summary.table(found)
     assert "| CWBR | 3 |" in text
     assert "ce pk |" not in text
+    assert "| **CWBR** | 81.0 (+0.0 ± 0.0) |" in summary.readme_table(found)
     summary.draw(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

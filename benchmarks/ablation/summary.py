@@ -12,13 +12,25 @@ import numpy as np
 import torch
 
 from benchmarks.ablation.methods import METHODS
+from benchmarks.tables import insert_table
 from cwbr_fused.diagnostics import pair_error_rate
 
+README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
 BASELINES = ("ce", "ce pk")
 CONFUSION = ("CWBR", "pull")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+README_METHODS = {
+    "ce": "cross-entropy",
+    "ce again": "cross-entropy, another start",
+    "ce pk": "cross-entropy, P x K batches",
+    "published": "published form",
+    "pair bank": "bank of pairs",
+    "random push": "CWBR, random partners",
+    "pull": "CWBR without push",
+    "CWBR": "**CWBR**",
+}
 ACCURACY, PAIRS = "test accuracy", "error on confusing pairs"
 
 
@@ -149,6 +161,31 @@ def _cell(row: Row) -> str:
     return f"{row.mean:.1f}: {row.difference:+.1f}{interval}"
 
 
+def readme_table(found: list[Row]) -> str:
+    """Test accuracy by method and setting, with the paired gain over cross-entropy."""
+    own = [row for row in found if row.baseline in BASELINES and row.metric == ACCURACY]
+    settings = list(dict.fromkeys(row.setting for row in own))
+    lines = [
+        " | ".join(["| test accuracy, %", *settings, ""]).strip(),
+        "|---" * (len(settings) + 1) + "|",
+    ]
+    for method, title in README_METHODS.items():
+        cells = {row.setting: row for row in own if row.method == method}
+        if cells:
+            values = [_short(cells.get(setting)) for setting in settings]
+            lines.append(" | ".join(["", title, *values, ""]).strip())
+    return "\n".join(lines) + "\n"
+
+
+def _short(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.method == row.baseline:
+        return f"{row.mean:.1f}"
+    half = "" if np.isnan(row.low) else f" ± {(row.high - row.low) / 2:.1f}"
+    return f"{row.mean:.1f} ({row.difference:+.1f}{half})"
+
+
 def draw(found: list[Row], path: Path) -> None:
     """The differences of test accuracy, pairs and probes as points with intervals."""
     import matplotlib
@@ -198,3 +235,4 @@ def summarise(results: Results) -> None:
     (RESULTS / "ablation.md").write_text(text)
     print(text)
     draw(found, RESULTS / "ablation.png")
+    README.write_text(insert_table(README.read_text(), "ablation", readme_table(found)))
