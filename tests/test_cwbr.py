@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -397,3 +399,94 @@ def test_bad_soft_targets_are_named(network: Network) -> None:
     logits, features = network(images)
     with pytest.raises(ValueError, match="targets"):
         CWBR(CLASSES)(features, logits, torch.full((len(images), CLASSES), -1.0))
+
+
+def test_grad_scaler_skips_a_broken_batch_and_goes_on(network: Network) -> None:
+    cwbr = warmed_up(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    moved = []
+    for broken in (False, True, False):
+        images, targets = batch(7)
+        if broken:
+            images[0] = float("inf")
+        before = torch.cat([p.detach().flatten() for p in network.parameters()])
+        with torch.autocast("cpu", torch.float16):
+            logits, features = network(images)
+            ce = cross_entropy(logits, targets)
+        cwbr(features, logits, targets)
+        optimizer.zero_grad()
+        scaler.scale(ce).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = torch.cat([p.detach().flatten() for p in network.parameters()])
+        assert after.isfinite().all()
+        moved.append(not torch.equal(before, after))
+    assert moved == [True, False, True]
+    assert all(buffer.isfinite().all() for buffer in cwbr.buffers())
+
+
+def test_gradients_of_micro_batches_accumulate(network: Network) -> None:
+    cwbr = warmed_up(network)
+    twin = copy.deepcopy(cwbr)
+    separate = []
+    for seed in (8, 9):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        cwbr(features, logits, targets)
+        network.zero_grad()
+        (cross_entropy(logits, targets) / 2).backward()
+        separate.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    network.zero_grad()
+    for seed in (8, 9):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        twin(features, logits, targets)
+        (cross_entropy(logits, targets) / 2).backward()
+    for parameter, first, second in zip(network.parameters(), *separate, strict=True):
+        torch.testing.assert_close(parameter.grad, first + second)
+
+
+def test_copies_and_pickles_go_on_like_the_original(network: Network) -> None:
+    cwbr = warmed_up(network)
+    expected = feature_gradients(network, copy.deepcopy(cwbr))
+    for twin in (copy.deepcopy(cwbr), pickle.loads(pickle.dumps(cwbr))):
+        for name, gradient in feature_gradients(network, twin).items():
+            assert torch.equal(gradient, expected[name])
+
+
+def test_it_leaves_its_arguments_and_no_memory_behind(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    logits, features = network(images)
+    before = [t.detach().clone() for t in (*features.values(), logits, targets)]
+    watched = weakref.ref(features["conv"])
+    cwbr(features, logits, targets)
+    for tensor, copied in zip((*features.values(), logits, targets), before, strict=True):
+        assert torch.equal(tensor, copied)
+    cross_entropy(logits, targets).backward()
+    del features, logits, tensor
+    assert watched() is None
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_tiny_batches_are_no_error(network: Network, size: int) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch(0, 12)
+    logits, features = network(images[:size])
+    cwbr(features, logits, targets[:size])
+    logits.sum().backward()
+    assert all(buffer.isfinite().all() for buffer in cwbr.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_targets_of_other_integer_dtypes(network: Network, dtype: torch.dtype) -> None:
+    expected = feature_gradients(network, warmed_up(network))
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    logits, features = network(images)
+    features["body"].retain_grad()
+    cwbr(features, logits, targets.to(dtype))
+    cross_entropy(logits, targets).backward()
+    assert features["body"].grad is not None
+    torch.testing.assert_close(features["body"].grad, expected["body"])
