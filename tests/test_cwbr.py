@@ -6,11 +6,13 @@ import copy
 import pickle
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwbr_fused import CWBR, FeatureCatcher, reference_bank, to_vec
 from cwbr_fused.bank import ClassBank
@@ -490,3 +492,35 @@ def test_targets_of_other_integer_dtypes(network: Network, dtype: torch.dtype) -
     cross_entropy(logits, targets).backward()
     assert features["body"].grad is not None
     torch.testing.assert_close(features["body"].grad, expected["body"])
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest storage that comes into being, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.data_ptr() not in {
+                t.data_ptr() for t in args if isinstance(t, Tensor)
+            }:
+                storage = value.untyped_storage().nbytes() // value.element_size()
+                self.largest = max(self.largest, storage)
+        return result
+
+
+def test_a_step_allocates_no_class_by_class_matrix() -> None:
+    classes, size, dims = 3000, 16, 8
+    cwbr = CWBR(classes)
+    z, weight = torch.randn(size, dims), torch.randn(dims, classes)
+    for _ in range(3):
+        feature = z.clone().requires_grad_()
+        logits, targets = feature @ weight, torch.randint(classes, (size,))
+        ce = cross_entropy(logits, targets)
+        with Allocations() as seen:
+            cwbr(feature, logits, targets)
+        with seen:
+            ce.backward()
+    assert cwbr.health()["features"]["reg_norm"] >= 0
+    assert seen.largest <= size * classes
