@@ -34,7 +34,8 @@ PLAN: tuple[tuple[str, tuple[str, ...], range], ...] = (
     ("resnet, 15 images", ("ce pk", "random push"), range(5)),
     ("resnet, 5 images", ("random push", "ce pk", "pair bank", "fixed ratio"), range(5)),
     ("resnet, 50 images", ("ce pk", "random push", "published"), range(3)),
-    ("resnet, 15 images", ("published", "log overlap"), range(2)),
+    ("resnet, 5 images", ("repaired",), range(3)),
+    ("resnet, 15 images", ("published", "log overlap", "repaired"), range(2)),
 )
 
 

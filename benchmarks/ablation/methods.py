@@ -57,6 +57,33 @@ def balanced(regularizer: CWBR) -> Step:
     return step
 
 
+def repaired() -> Step:
+    """The published pairs of a batch with every mend, and a gradient of a fixed share."""
+
+    def step(features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
+        leaves = {name: layer.detach().requires_grad_() for name, layer in features.items()}
+        reg = cwbr_fused.loss(
+            leaves,
+            logits,
+            targets,
+            objective="log_overlap",
+            min_count=1,
+            shrinkage="analytic",
+            noise_floor=True,
+            temperature="dims",
+        )
+        pulls = torch.autograd.grad(reg, list(leaves.values()))
+        for layer, pull in zip(features.values(), pulls, strict=True):
+            hook_on(layer, pull)
+        return ce
+
+    return step
+
+
+def hook_on(layer: Tensor, pull: Tensor) -> None:
+    layer.register_hook(Balance(Spread(pull, slice(None)), torch.tensor(FIXED_RATIO)))
+
+
 class RandomPartners(CWBR):
     """Pushes from random classes, as strongly as from confused ones: does the confusion matter?"""
 
@@ -114,8 +141,7 @@ class PairBank:
                 scaled = distance / distance.mean().detach().clamp(min=1e-12)
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
                 (pull,) = torch.autograd.grad(objective, leaf)
-                share = torch.tensor(FIXED_RATIO)
-                layer.register_hook(Balance(Spread(pull, slice(None)), share))
+                hook_on(layer, pull)
             bank.follow(move)
         return ce
 
@@ -126,6 +152,9 @@ METHODS = {
     "ce pk": Method(cross_entropy_alone, "cross-entropy, 32 classes x 4 images", sampler="pk"),
     "published": Method(lambda: published("overlap"), "cwbr_fused.loss, scale_match"),
     "log overlap": Method(lambda: published("log_overlap"), "its logarithm, scale_match"),
+    "repaired": Method(
+        repaired, "log overlap, shrunk variances, noise floor, D / dims, a gradient of 0.2"
+    ),
     "pair bank": Method(PairBank, "confused pairs of class means, by log-sum-exp"),
     "pull": Method(lambda: balanced(CWBR(CLASSES, push=0)), "CWBR(push=0): a balanced center loss"),
     "random push": Method(lambda: balanced(RandomPartners(CLASSES)), "CWBR, random partners"),

@@ -26,6 +26,7 @@ README_METHODS = {
     "ce again": "cross-entropy, another start",
     "ce pk": "cross-entropy, P x K batches",
     "published": "published form",
+    "repaired": "published form, repaired",
     "pair bank": "bank of pairs",
     "random push": "CWBR, random partners",
     "pull": "CWBR without push",
