@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from cwbr_fused.shrinkage import Adjustment, Shrinkage, Temperature, layer_dista
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Steps(NamedTuple):
+    """What the loss of a batch is made of.
+
+    counts: (K,) samples of each class; 0 for the unused.
+    var: L tensors (K, D_l), the biased variances.
+    distance: (L, M), as adjusted.
+    weights: (M,), 0 for pairs of unused classes.
+    """
+
+    counts: Tensor
+    var: list[Tensor]
+    distance: Tensor
+    weights: Tensor
 
 
 def loss(
@@ -90,10 +105,9 @@ def loss(
         validation.check_soft_batch(logits, targets)
     else:
         validation.check_batch(logits, targets)
-    vectors = validation.feature_vectors(features, logits)
+    vectors = common_vectors(features, logits)
+    dtype = accumulation_dtype(vectors[0].dtype)
     name = backends.resolve(backend, logits.device.type)
-    dtype = _common_dtype(vectors)
-    vectors = [v if accumulation_dtype(v.dtype) == dtype else v.to(dtype) for v in vectors]
     log, operations = objective == "log_overlap", OPERATIONS[name]
     adjustment = Adjustment(temperature, shrinkage, noise_floor)
 
@@ -115,7 +129,8 @@ def loss(
             return value
 
     if soft or adjustment != Adjustment():
-        return _composed(vectors, logits, targets, top_m, min_count, eps, log, name, adjustment)
+        steps = single_steps(vectors, logits, targets, top_m, min_count, eps, name, adjustment)
+        return overlap(steps.distance, steps.weights, eps, log).mean()
 
     if top_m is None:
         order, offsets, classes = operations.group_by_class(targets, min_count)
@@ -131,18 +146,22 @@ def loss(
     return value
 
 
-def _composed(
+def single_steps(
     vectors: Sequence[Tensor],
     logits: Tensor,
     targets: Tensor,
     top_m: int | None,
     min_count: int,
     eps: float,
-    log: bool,
     backend: str,
     adjustment: Adjustment,
-) -> Tensor:
-    """The loss from its single steps, as soft targets and adjusted distances take it."""
+) -> Steps:
+    """What the loss is made of, one operation after the other.
+
+    Args:
+        vectors: L tensors (B, D_l) of one accumulation dtype.
+        backend: the resolved name.
+    """
     dtype = accumulation_dtype(vectors[0].dtype)
     if validation.is_soft(targets):
         members = soft_targets.membership(targets, min_count)
@@ -157,13 +176,17 @@ def _composed(
         moments = [ClassMoments.apply(z, order, offsets, eps, backend) for z in vectors]
     pairs = select_pairs(alpha, top_m, eps, backend)
     distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
-    return overlap(distance, weights, eps, log).mean()
+    return Steps(counts, [var for _, var in moments], distance, weights)
 
 
-def _common_dtype(vectors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any layer is, else float32: one accumulation dtype for all layers."""
+def common_vectors(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+) -> list[Tensor]:
+    """One (B, D) tensor per layer, of one accumulation dtype: float64 if any layer's is."""
+    vectors = validation.feature_vectors(features, logits)
     double = any(v.dtype == torch.float64 for v in vectors)
-    return torch.float64 if double else torch.float32
+    dtype = torch.float64 if double else torch.float32
+    return [v if accumulation_dtype(v.dtype) == dtype else v.to(dtype) for v in vectors]
 
 
 def scale_match(
