@@ -16,6 +16,8 @@ def moments(kind: str, k: int, d: int) -> tuple[Tensor, Tensor]:
         var = 10 ** (12 * rand(k, d, seed=3) - 6)
     elif kind == "variances at the clamp":
         var = torch.where(rand(k, d, seed=3) < 0.6, 1e-6, 10 * var * rand(k, 1, seed=4))
+    elif kind == "all variances at the clamp":
+        var = torch.full_like(var, 1e-6)
     elif kind == "huge":
         mean, var = 300 * mean, 1e5 * var
     elif kind == "nearly equal":
@@ -28,6 +30,7 @@ KINDS = (
     "means of 1000",
     "variances from 1e-6 to 1e6",
     "variances at the clamp",
+    "all variances at the clamp",
     "huge",
     "nearly equal",
 )
