@@ -26,6 +26,8 @@ inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
 template <>
+inline constexpr ScalarType scalar_type_of<bool> = ScalarType::Bool;
+template <>
 inline constexpr ScalarType scalar_type_of<Half> = ScalarType::Half;
 template <>
 inline constexpr ScalarType scalar_type_of<BFloat16> = ScalarType::BFloat16;
@@ -130,6 +132,15 @@ inline Tensor int64_targets(const Tensor& targets) {
       return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
     default:
       fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
+  }
+}
+
+// Whether all of a contiguous int64 tensor is in [lowest, classes).
+inline void check_classes(const Tensor& t, const char* name, int64_t lowest, int64_t classes) {
+  const int64_t* values = const_data<int64_t>(t);
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    check(values[i] >= lowest && values[i] < classes, name, ": expected classes from ", lowest,
+          " to ", classes - 1, ", got ", values[i]);
   }
 }
 

@@ -10,7 +10,7 @@ import torch
 from kernel_inputs import CPU_KERNELS, EPS, classes, randn, regularizer_case
 from torch import Tensor
 
-from cwbr_fused import reference
+from cwbr_fused import reference, reference_bank
 
 CPP = torch.ops.cwbr_fused
 
@@ -22,8 +22,9 @@ def strided(t: Tensor) -> Iterator[Tensor]:
     if t.dim() == 0:
         yield torch.stack([t + 1, t])[1]
         return
-    yield torch.stack([t, t + 1], dim=-1)[..., 0]
-    yield torch.cat([t + 1, t], dim=-1)[..., t.shape[-1] :]
+    other = ~t if t.dtype == torch.bool else t + 1
+    yield torch.stack([t, other], dim=-1)[..., 0]
+    yield torch.cat([other, t], dim=-1)[..., t.shape[-1] :]
     if t.dim() == 2:
         yield t.T.contiguous().T
         yield torch.cat([t, t])[: t.shape[0]].flip(0).flip(0)
@@ -40,6 +41,7 @@ def operations(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]
     alpha = reference.confusion_weights(logits, *groups)
     saved = reference.regularizer(features, *planned, EPS, True)[1:]
     scalar = torch.tensor(0.7, dtype=mean.dtype)
+    index, weight, _ = reference_bank.top_confusions(logits, targets % 20, classes(70, 2) > 0, 5)
     return {
         "group_by_class": (targets, 2),
         "class_moments": (z, order, offsets, EPS),
@@ -55,6 +57,8 @@ def operations(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]
         "weighted_overlap_backward": (scalar, scalar, mean, var, alpha, EPS, False),
         "regularizer": (features, *planned, EPS, False),
         "regularizer_backward": (scalar, features, *saved, *planned, EPS, True),
+        "top_confusions": (logits, targets, classes(70, 2) > 0, 5),
+        "class_attraction": (z, mean, var[0], index % 20, weight),
     }
 
 
@@ -109,6 +113,7 @@ def large_operations() -> dict[str, tuple[Any, ...]]:
     mean, var = reference.class_moments(features[2], order, offsets, EPS)
     saved = CPP.regularizer(features, *planned, EPS, True)[1:]
     groups = CPP.group_by_class(targets, 2)
+    index, weight, _ = reference_bank.top_confusions(logits[:, :60], targets, classes(60, 2) > 0, 5)
     return {
         "class_moments": (features[2], order, offsets, EPS),
         "class_moments_backward": (mean, var, features[2], mean, var, order, offsets, EPS),
@@ -116,6 +121,8 @@ def large_operations() -> dict[str, tuple[Any, ...]]:
         "plan": (logits, targets, 300, 2),
         "regularizer": (features, *planned, EPS, True),
         "regularizer_backward": (torch.ones(()), features, *saved, *planned, EPS, True),
+        "top_confusions": (logits, targets, classes(3000, 2) > 0, 5),
+        "class_attraction": (features[2], mean, var[0], index, weight),
     }
 
 
@@ -128,6 +135,8 @@ def large_operations() -> dict[str, tuple[Any, ...]]:
         "plan",
         "regularizer",
         "regularizer_backward",
+        "top_confusions",
+        "class_attraction",
     ],
 )
 def test_result_is_bitwise_the_same_for_any_number_of_threads(name: str) -> None:
@@ -194,6 +203,20 @@ BAD = [
     ("regularizer_backward", 2, [torch.rand(20, 21)], "mean"),
     ("regularizer_backward", 3, [torch.rand(20, 21), torch.rand(20, 529)], "var"),
     ("regularizer_backward", 4, torch.rand(2, 8), "distance"),
+    ("top_confusions", 0, torch.rand(39, 70), "targets"),
+    ("top_confusions", 0, torch.zeros(40, 70, dtype=torch.int64), "logits"),
+    ("top_confusions", 1, torch.full((40,), 70), "targets"),
+    ("top_confusions", 1, torch.full((40,), -1), "targets"),
+    ("top_confusions", 2, torch.ones(69, dtype=torch.bool), "seen"),
+    ("top_confusions", 2, torch.ones(70), "seen"),
+    ("top_confusions", 3, -1, "top"),
+    ("class_attraction", 0, torch.rand(40, 529), "mean"),
+    ("class_attraction", 1, torch.rand(20, 530).double(), "mean"),
+    ("class_attraction", 2, torch.rand(1, 530), "var"),
+    ("class_attraction", 3, torch.full((40, 5), 20), "index"),
+    ("class_attraction", 3, torch.full((40, 5), -2), "index"),
+    ("class_attraction", 3, torch.zeros(40, 5), "index"),
+    ("class_attraction", 4, torch.rand(40, 4), "coefficient"),
 ]
 
 
