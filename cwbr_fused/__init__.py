@@ -7,7 +7,7 @@ See `cwbr_fused.reference` for the mathematics in plain PyTorch, `cwbr_fused.fun
 single steps, and `cwbr_fused.backends.explain()` for what runs on this machine.
 """
 
-from cwbr_fused import backends, functional, reference
+from cwbr_fused import backends, functional, health, reference
 from cwbr_fused.cwbr import CWBR
 from cwbr_fused.features import FeatureCatcher, to_vec
 from cwbr_fused.losses import loss, scale_match
@@ -23,6 +23,7 @@ __all__ = [
     "PKSampler",
     "backends",
     "functional",
+    "health",
     "loss",
     "reference",
     "scale_match",
