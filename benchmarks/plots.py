@@ -6,7 +6,6 @@ python -m benchmarks.plots [--results FILE] [--readme FILE] [--figure FILE]
 from __future__ import annotations
 
 import argparse
-import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,14 +14,13 @@ import matplotlib
 from benchmarks.measure import ROOT
 from benchmarks.providers import PLAIN
 from benchmarks.results import FOLDER, Results
-from benchmarks.tables import Numbers, readme_table, report
+from benchmarks.tables import Numbers, insert_table, readme_table, report
 from benchmarks.workloads import SWEEP, SWEEP_DIMS, SWEEP_GROUPS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-MARKERS = "<!-- table:start -->", "<!-- table:end -->"
 LABELS = {
     PLAIN: "plain PyTorch",
     "plain compiled": "torch.compile",
@@ -115,19 +113,6 @@ def figure(numbers: Numbers, path: Path) -> None:
     plt.close(drawing)
 
 
-def insert_table(readme: str, table: str) -> str:
-    """`readme` with `table` between the markers.
-
-    Raises:
-        ValueError: it lacks them.
-    """
-    start, end = map(re.escape, MARKERS)
-    pattern = re.compile(f"({start}\n).*?({end})", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"expected {MARKERS} once in the README")
-    return pattern.sub(lambda m: m[1] + table + m[2], readme)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=FOLDER / "cpu.csv")
@@ -138,7 +123,7 @@ def main() -> None:
     figure(numbers, arguments.figure)
     arguments.results.with_suffix(".md").write_text(report(numbers))
     text = arguments.readme.read_text()
-    arguments.readme.write_text(insert_table(text, readme_table(numbers)))
+    arguments.readme.write_text(insert_table(text, "table", readme_table(numbers)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import operations, resnet
@@ -237,3 +238,16 @@ def report(numbers: Numbers) -> str:
         growth(numbers),
     ]
     return "\n".join(parts)
+
+
+def insert_table(readme: str, name: str, table: str) -> str:
+    """`readme` with `table` between `<!-- name:start -->` and `<!-- name:end -->`.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise ValueError(f"expected {start} and {end} once in the README")
+    return pattern.sub(lambda m: m[1] + table + m[2], readme)

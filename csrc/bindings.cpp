@@ -22,28 +22,6 @@ int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 namespace {
 
-// Classes of any integer dtype as contiguous int64.
-Tensor int64_targets(const Tensor& targets) {
-  if (targets.dim() != 1) {
-    fail("targets: expected shape (B,), got ", shape(targets.sizes()));
-  }
-  switch (targets.scalar_type()) {
-    case ScalarType::Long:
-      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64:
-    case ScalarType::Bool:
-      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
-    default:
-      fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> group_by_class_op(const Tensor& targets, int64_t min_count) {
   check(min_count >= 1, "min_count: expected at least 1, got ", min_count);
   const Tensor classes_of = int64_targets(targets);
@@ -333,6 +311,50 @@ std::vector<Tensor> regularizer_backward_op(const Tensor& grad, const std::vecto
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> top_confusions_op(const Tensor& logits, const Tensor& targets,
+                                                     const Tensor& seen, int64_t top) {
+  check(top >= 0, "top: expected at least 0, got ", top);
+  const InputMatrix input = input_matrix(logits, "logits");
+  const Tensor classes_of = int64_targets(targets);
+  check(classes_of.size(0) == input.rows, "targets: expected shape (", input.rows, "), got (",
+        classes_of.size(0), ")");
+  check_classes(classes_of, "targets", 0, input.cols);
+  const Tensor candidates = checked<bool, 1>(seen, "seen", {input.cols});
+  const int64_t width = std::clamp<int64_t>(input.cols - 1, 0, top);
+  return with_input_type(input.type, [&](auto in) {
+    using In = decltype(in);
+    using T = Accumulate<In>;
+    const Tensor index = empty<int64_t, 2>({input.rows, width});
+    const Tensor weight = empty<T, 2>({input.rows, width});
+    const Tensor own = empty<T, 1>({input.rows});
+    top_confusions(input.as<In>(), const_data<int64_t>(classes_of), const_data<bool>(candidates),
+                   width, data<int64_t>(index), data<T>(weight), data<T>(own));
+    return std::make_tuple(index, weight, own);
+  });
+}
+
+std::tuple<Tensor, Tensor> class_attraction_op(const Tensor& z, const Tensor& mean,
+                                               const Tensor& var, const Tensor& index,
+                                               const Tensor& coefficient) {
+  const InputMatrix input = input_matrix(z, "z");
+  return with_input_type(input.type, [&](auto in) {
+    using In = decltype(in);
+    using T = Accumulate<In>;
+    const Tensor bank = checked<T, 2>(mean, "mean", {-1, input.cols});
+    const Tensor variances = checked<T, 1>(var, "var", {input.cols});
+    const Tensor chosen = checked<int64_t, 2>(index, "index", {input.rows, -1});
+    check_classes(chosen, "index", -1, bank.size(0));
+    const int64_t count = chosen.size(1);
+    const Tensor factor = checked<T, 2>(coefficient, "coefficient", {input.rows, count});
+    const Tensor energy = empty<T, 1>({input.rows});
+    const Tensor gradient = empty<T, 2>({input.rows, input.cols});
+    class_attraction(input.as<In>(), const_data<T>(bank), const_data<T>(variances),
+                     const_data<int64_t>(chosen), const_data<T>(factor), count, data<T>(energy),
+                     data<T>(gradient));
+    return std::make_tuple(energy, gradient);
+  });
+}
+
 std::string cpu_isa_op() { return isa_name(); }
 
 }  // namespace
@@ -353,6 +375,8 @@ STABLE_TORCH_LIBRARY_IMPL(cwbr_fused, CPU, m) {
   m.impl("weighted_overlap_backward", TORCH_BOX(&cwbr::weighted_overlap_backward_op));
   m.impl("regularizer", TORCH_BOX(&cwbr::regularizer_op));
   m.impl("regularizer_backward", TORCH_BOX(&cwbr::regularizer_backward_op));
+  m.impl("top_confusions", TORCH_BOX(&cwbr::top_confusions_op));
+  m.impl("class_attraction", TORCH_BOX(&cwbr::class_attraction_op));
 }
 
 // For `python -m cwbr_fused.info`: a fact of this build, not an operation of schema.py.

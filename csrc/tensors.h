@@ -26,6 +26,8 @@ inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
 template <>
 inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
 template <>
+inline constexpr ScalarType scalar_type_of<bool> = ScalarType::Bool;
+template <>
 inline constexpr ScalarType scalar_type_of<Half> = ScalarType::Half;
 template <>
 inline constexpr ScalarType scalar_type_of<BFloat16> = ScalarType::BFloat16;
@@ -111,6 +113,35 @@ inline InputMatrix input_matrix(const Tensor& t, const char* name) {
       fail(name, ": expected a floating dtype, got ", name_of(t.scalar_type()));
   }
   return {tensor, type, t.size(0), t.size(1), tensor.stride(0)};
+}
+
+// Classes of any integer dtype as contiguous int64.
+inline Tensor int64_targets(const Tensor& targets) {
+  if (targets.dim() != 1) fail("targets: expected shape (B,), got ", shape(targets.sizes()));
+  switch (targets.scalar_type()) {
+    case ScalarType::Long:
+      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+    case ScalarType::Bool:
+      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
+    default:
+      fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
+  }
+}
+
+// Whether all of a contiguous int64 tensor is in [lowest, classes).
+inline void check_classes(const Tensor& t, const char* name, int64_t lowest, int64_t classes) {
+  const int64_t* values = const_data<int64_t>(t);
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    check(values[i] >= lowest && values[i] < classes, name, ": expected classes from ", lowest,
+          " to ", classes - 1, ", got ", values[i]);
+  }
 }
 
 // The groups as the kernels take them, after checking that they index `batch` samples.

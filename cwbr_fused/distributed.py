@@ -26,14 +26,16 @@ gone, or does not call, is an error in the others once the group's timeout has p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cwbr_fused import reference
+from cwbr_fused.functional import select_pairs
 from cwbr_fused.ops import OPERATIONS, PairDistance, WeightedOverlap, first_order
+from cwbr_fused.shrinkage import Adjustment, layer_distances
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +53,7 @@ def process_group(group: ProcessGroup | Literal["world"] | None) -> ProcessGroup
     return None if group is None or group.size() == 1 else group
 
 
-def _all_reduce(local: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(local: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of `local`, which it replaces, over all processes."""
     dist.all_reduce(local, group=group)
     return local
@@ -85,8 +87,8 @@ class GlobalClassMoments(torch.autograd.Function):
         class_moments = OPERATIONS[backend].class_moments
         local = [class_moments(z, order, offsets, 0.0) for z in features]
         local_mean, local_var = (torch.cat(moment, dim=1) for moment in zip(*local, strict=True))
-        mean = _all_reduce(share * local_mean, group)
-        var = _all_reduce(share * (local_var + (local_mean - mean).square()), group).clamp_(min=eps)
+        mean = all_reduce(share * local_mean, group)
+        var = all_reduce(share * (local_var + (local_mean - mean).square()), group).clamp_(min=eps)
         ctx.save_for_backward(mean, var, share, order, offsets, *features)
         ctx.eps, ctx.backend, ctx.group = eps, backend, group
         return mean, var
@@ -95,7 +97,7 @@ class GlobalClassMoments(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, share, order, offsets, *features = ctx.saved_tensors
-        grads = _all_reduce(torch.stack([grad_mean, grad_var]), ctx.group) * share
+        grads = all_reduce(torch.stack([grad_mean, grad_var]), ctx.group) * share
         widths = [z.shape[1] for z in features]
         per_layer = (moment.split(widths, dim=1) for moment in (*grads, mean, var))
         class_moments_backward = OPERATIONS[ctx.backend].class_moments_backward
@@ -105,6 +107,71 @@ class GlobalClassMoments(torch.autograd.Function):
         ]
         needed = ctx.needs_input_grad[6:]
         return *(None,) * 6, *(r if n else None for r, n in zip(results, needed, strict=True))
+
+
+class _GlobalGroups(NamedTuple):
+    """The classes of all processes' samples, and this process's samples of them.
+
+    classes, counts: (K,) int64, and how many samples each has in all processes together.
+    order, offsets: (B,) and (K + 1,), of this process.
+    share: (K, 1) float64, this process's part of the counts.
+    """
+
+    classes: Tensor
+    counts: Tensor
+    order: Tensor
+    offsets: Tensor
+    share: Tensor
+
+
+def _global_groups(
+    targets: Tensor, num_classes: int, min_count: int, group: ProcessGroup
+) -> _GlobalGroups:
+    """Reads the number of classes with `min_count` samples on the host."""
+    targets = targets.long()
+    own_counts = targets.new_zeros(num_classes)
+    own_counts.scatter_add_(0, targets, torch.ones_like(targets))
+    counts = all_reduce(own_counts.clone(), group)
+    classes = torch.nonzero(counts >= min_count).squeeze(1)
+    group_of_class = torch.full_like(counts, -1)
+    group_of_class[classes] = torch.arange(classes.shape[0], device=classes.device)
+    order, offsets = reference.groups_of_inverse(group_of_class[targets], classes.shape[0])
+    share = (own_counts[classes].double() / counts[classes])[:, None]
+    return _GlobalGroups(classes, counts[classes], order, offsets, share)
+
+
+@torch.no_grad()
+def class_moments(
+    features: Sequence[Tensor],
+    targets: Tensor,
+    num_classes: int,
+    backend: str,
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Moments of the classes of all processes' samples, the same in every process.
+
+    Args:
+        features: L tensors (B, D_l) of one accumulation dtype: this process's samples.
+        targets: (B,).
+
+    Returns:
+        classes, counts: (K,) int64.
+        moments: for each layer mean and variance, (K, D_l) each.
+    """
+    groups = _global_groups(targets, num_classes, 1, group)
+    share = groups.share.to(reference.accumulation_dtype(features[0].dtype))
+    mean, var = GlobalClassMoments.apply(
+        groups.order, groups.offsets, share, 0.0, backend, group, *features
+    )
+    widths = [z.shape[1] for z in features]
+    moments = list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
+    return groups.classes, groups.counts, moments
+
+
+def mean_over_samples(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The mean of all processes' (B,) values; the same in every process."""
+    total = all_reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), group)
+    return total[0] / total[1]
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -120,6 +187,7 @@ def regularizer(
     log: bool,
     backend: str,
     group: ProcessGroup,
+    adjustment: Adjustment,
 ) -> Tensor:
     """The mean over L layers of the confusion-weighted overlap of all processes' samples.
 
@@ -129,31 +197,29 @@ def regularizer(
         top_m, min_count, eps, log: as in `cwbr_fused.loss`; `min_count` is of the global counts.
         backend: the resolved name.
         group: a ProcessGroup.
+        adjustment: of the plain formulas.
 
     Returns:
         A scalar, the same in every process.
     """
-    targets = targets.long()
-    own_counts = targets.new_zeros(logits.shape[1])
-    own_counts.scatter_add_(0, targets, torch.ones_like(targets))
-    counts = _all_reduce(own_counts.clone(), group)
-    classes = torch.nonzero(counts >= min_count).squeeze(1)
-    groups = classes.shape[0]
+    groups = _global_groups(targets, logits.shape[1], min_count, group)
+    counts, classes = groups.counts, groups.classes
     dtype = reference.accumulation_dtype(features[0].dtype)
-    if groups < 2:
+    if classes.shape[0] < 2:
         return torch.stack([z[:0].sum().to(dtype) for z in features]).sum()
 
-    group_of_class = torch.full_like(counts, -1)
-    group_of_class[classes] = torch.arange(groups, device=classes.device)
-    order, offsets = reference.groups_of_inverse(group_of_class[targets], groups)
-    share = (own_counts[classes].to(dtype) / counts[classes])[:, None]
+    order, offsets, share = groups.order, groups.offsets, groups.share.to(dtype)
     own_probs = reference.mean_probs(logits.detach(), order, offsets, classes)
-    mean_probs = _all_reduce(share * own_probs.to(dtype), group)
+    mean_probs = all_reduce(share * own_probs.to(dtype), group)
     alpha = ((mean_probs + mean_probs.T) / 2).fill_diagonal_(0)
 
     mean, var = GlobalClassMoments.apply(order, offsets, share, eps, backend, group, *features)
     widths = [z.shape[1] for z in features]
-    moments = zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True)
+    moments = list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
+    if adjustment != Adjustment():
+        chosen = select_pairs(alpha, top_m, eps, backend)
+        distance, weights = layer_distances(chosen, moments, counts, eps, adjustment)
+        return reference.overlap(distance, weights, eps, log).mean()
     if top_m is None:
         return torch.stack(
             [WeightedOverlap.apply(m, v, alpha, eps, log, backend) for m, v in moments]

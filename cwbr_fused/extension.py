@@ -57,7 +57,11 @@ def triton_kernels() -> ModuleType:
         if spec is None or spec.loader is None:
             raise ImportError(f"{name} is neither installed nor beside the package in a checkout")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]  # as an import statement does: the next call fails the same way
+            raise
     return importlib.import_module(name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,38 @@ def _pool_tokens(feat: Tensor, pool: str | None, num_prefix_tokens: int) -> Tens
             f"got (B, N, D) = {_shape(feat)}"
         )
     return feat[:, 0] if takes_cls else feat[:, num_prefix_tokens:].mean(1)
+
+
+class Spread(NamedTuple):
+    """The gradient of a pooled vector at what it was pooled from, without its copies.
+
+    gradient: broadcasts over the part of the feature that was pooled.
+    part: which positions of the second dimension these are.
+    """
+
+    gradient: Tensor
+    part: slice
+
+
+def spread(
+    grad: Tensor,
+    feat: Tensor,
+    *,
+    pool: Literal["cls", "mean"] | None = None,
+    num_prefix_tokens: int = 1,
+    channels_last: bool = False,
+) -> Spread:
+    """The backward pass of `to_vec(feat, ...)` for `grad` (B, D), of the same options."""
+    if feat.ndim == 2:
+        return Spread(grad, slice(None))
+    if feat.ndim == 3:
+        if pool == "cls" or (pool is None and num_prefix_tokens > 0):
+            return Spread(grad[:, None], slice(1))
+        patches = feat.shape[1] - num_prefix_tokens
+        return Spread(grad[:, None] / patches, slice(num_prefix_tokens, None))
+    positions = feat.shape[1:3] if channels_last else feat.shape[2:]
+    mean = grad / positions.numel()
+    return Spread(mean[:, None, None] if channels_last else mean[:, :, None, None], slice(None))
 
 
 def _shape(tensor: Tensor) -> str:
@@ -199,7 +231,7 @@ class FeatureCatcher:
             TypeError: `model` is no `nn.Module`.
             ValueError: no such layer (the error lists those with similar names), or as `add`.
         """
-        return self.add(_find(model, name), name)
+        return self.add(find_layer(model, name), name)
 
     @property
     def feats(self) -> Features:
@@ -300,7 +332,7 @@ def _first_tensor(output: object, name: str) -> Tensor:
     )
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
+def find_layer(model: nn.Module, name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(name, str):

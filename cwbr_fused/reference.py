@@ -17,7 +17,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cwbr_fused import soft_targets
 from cwbr_fused.features import to_vec
+from cwbr_fused.shrinkage import (
+    Adjustment,
+    Noise,
+    Pairs,
+    Shrinkage,
+    Temperature,
+    adjusted_distance,
+    every_pair,
+    layer_distances,
+    overlap_distance,
+)
+from cwbr_fused.shrinkage import shrink_variance as shrink_variance
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -283,12 +296,31 @@ def confusion_alpha(
     return confusion_weights(logits.detach(), order, offsets, classes)
 
 
+def select_pairs(alpha: Tensor, top_m: int | None, eps: float) -> Pairs:
+    """The `top_m` pairs of largest alpha, or all, and their distance."""
+    if top_m is None:
+        i, j = upper_pairs(alpha)
+        return Pairs(i, j, alpha[i, j], lambda m, v: all_pair_distance(m, v, eps)[i, j])
+    pairs, weights = top_pairs(alpha, top_m)
+    i, j = pairs.unbind(1)
+    return Pairs(i, j, weights, lambda m, v: pair_distance(m, v, pairs, eps))
+
+
 def bhattacharyya_diag(
-    mu: Tensor, var: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+    mu: Tensor,
+    var: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str = "auto",
+    temperature: Temperature = None,
+    noise_floor: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `cwbr_fused.functional.bhattacharyya_diag`."""
-    distance = all_pair_distance(mu, var, eps)
-    return distance, torch.exp(-distance)
+    groups = mu.shape[0]
+    pairs = every_pair(groups, mu.device, lambda m, v: all_pair_distance(m, v, eps))
+    flat = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
+    distance = flat.view(groups, groups)
+    return distance, torch.exp(-overlap_distance(distance))
 
 
 def bhat_confusion_loss(
@@ -300,13 +332,14 @@ def bhat_confusion_loss(
     *,
     objective: str = "overlap",
     backend: str = "auto",
+    temperature: Temperature = None,
+    noise_floor: Noise | None = None,
 ) -> Tensor:
     """See `cwbr_fused.functional.bhat_confusion_loss`."""
+    pairs = select_pairs(alpha.detach(), top_m, eps)
+    distance = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
     log = objective == "log_overlap"
-    if top_m is None:
-        return weighted_overlap(mu, var, alpha, eps, log)
-    pairs, weights = top_pairs(alpha.detach(), top_m)
-    return overlap(pair_distance(mu, var, pairs, eps), weights, eps, log)
+    return overlap(overlap_distance(distance), pairs.weights, eps, log)
 
 
 def loss(
@@ -320,18 +353,30 @@ def loss(
     objective: str = "overlap",
     backend: str = "auto",
     group: object = None,
+    temperature: Temperature = None,
+    shrinkage: Shrinkage = None,
+    noise_floor: bool = False,
 ) -> Tensor:
     """See `cwbr_fused.loss`."""
     layers = features.values() if isinstance(features, Mapping) else features
-    groups = group_by_class(targets, min_count)
-    alpha = confusion_weights(logits.detach(), *groups)
-    values = [
-        bhat_confusion_loss(
-            *class_moments(to_vec(layer), *groups[:2], eps), alpha, top_m, eps, objective=objective
-        )
-        for layer in ([layers] if isinstance(layers, Tensor) else layers)
-    ]
-    return torch.stack(values).mean()
+    vectors = [to_vec(layer) for layer in ([layers] if isinstance(layers, Tensor) else layers)]
+    adjustment = Adjustment(temperature, shrinkage, noise_floor)
+    if targets.dim() == 2:
+        members = soft_targets.membership(targets, min_count)
+        counts = members.counts
+        alpha = soft_targets.confusion_weights(logits, members, accumulation_dtype(logits.dtype))
+        moments = [
+            soft_targets.class_moments(z, members.shares, eps, accumulation_dtype(z.dtype))
+            for z in vectors
+        ]
+    else:
+        groups = group_by_class(targets, min_count)
+        counts = groups[1].diff()
+        alpha = confusion_weights(logits.detach(), *groups)
+        moments = [class_moments(z, *groups[:2], eps) for z in vectors]
+    pairs = select_pairs(alpha, top_m, eps)
+    distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
+    return overlap(distance, weights, eps, objective == "log_overlap").mean()
 
 
 def scale_match(

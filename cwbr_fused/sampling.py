@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from cwbr_fused.health import CWBRWarning
+
+LEFT_OUT = 0.1  # of the samples: what an epoch may leave out without a warning
 
 
 class PKSampler(Sampler[list[int]]):
@@ -59,6 +64,10 @@ class PKSampler(Sampler[list[int]]):
     Yields:
         Lists of P*K indices into the dataset, class by class. `len()` is the number of batches
         of this rank, the same in every epoch.
+
+    Warns:
+        CWBRWarning: on rank 0, when some samples are never drawn, or `drop_last` leaves more than a
+            tenth of them out of an epoch.
 
     Raises:
         TypeError: `labels` are no integers, or a count is no int.
@@ -114,6 +123,8 @@ class PKSampler(Sampler[list[int]]):
             turns = (self._sizes + self.samples_per_class - 1) // self.samples_per_class
         self._turns: Tensor = turns
         self._num_batches = self._count_batches()
+        if self.rank == 0:
+            self._warn_of_gaps(usable, sizes)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of the next iteration; call it on every rank before each epoch."""
@@ -146,6 +157,40 @@ class PKSampler(Sampler[list[int]]):
                 f"num_replicas={R} ranks cannot share"
             )
         return fits // R * R
+
+    def _warn_of_gaps(self, usable: Tensor, sizes: Tensor) -> None:
+        """Warns of what is never drawn, and of more than a little that an epoch leaves out."""
+        texts = []
+        if not usable.all():
+            texts.append(
+                f"{int((~usable).sum())} of {len(sizes)} classes ({int(sizes[~usable].sum())} of "
+                f"{int(sizes.sum())} samples) are never drawn, with fewer than "
+                f"{self.samples_per_class} samples each. short_classes='replace' repeats these."
+            )
+        share = self._share_left_out() if self.drop_last else 0.0
+        if share > 0 and not self.shuffle:
+            texts.append(
+                f"the same {share:.1%} of the samples are left out of every epoch, with "
+                "drop_last=True and shuffle=False. drop_last=False draws them all."
+            )
+        elif share > LEFT_OUT:
+            texts.append(
+                f"drop_last=True leaves {share:.1%} of the samples out of each epoch. "
+                "drop_last=False draws them all; fewer samples_per_class leave fewer over."
+            )
+        for text in texts:
+            warnings.warn(f"PKSampler: {text}", CWBRWarning, stacklevel=3)
+
+    def _share_left_out(self) -> float:
+        """Of the usable samples, how many an epoch with `drop_last` does not draw, on average.
+
+        Of all appearances, each with min(n, K) samples of its own, as many as there are places are
+        drawn with equal chances.
+        """
+        appearances = self._turns.clamp(max=self._num_batches)
+        drawn = int((appearances * self._sizes.clamp(max=self.samples_per_class)).sum())
+        places = self.classes_per_batch * self._num_batches
+        return 1 - drawn * places / (int(appearances.sum()) * len(self._samples))
 
     def _appearances(self, generator: torch.Generator) -> Tensor:
         """In how many batches each class appears, (C,): the sum is P * T, none is above T.

@@ -3,7 +3,7 @@
 The same operations are declared in one library namespace per family of implementations:
 `cwbr_fused` (C++ on the CPU, CUDA C++ on NVIDIA; pure PyTorch wherever neither is built) and
 `cwbr_fused_triton` (Triton). The meaning of each operation is its function in `reference.py`,
-or `reference_backward.py`.
+`reference_backward.py` or `reference_bank.py`.
 
 Conventions shared by all of them: B samples, D feature dimensions, C classes; K = B // min_count
 is the static number of class groups, of which only the first few may be in use; M pairs; L layers.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cwbr_fused import extension, reference, reference_backward
+from cwbr_fused import extension, reference, reference_backward, reference_bank
 from cwbr_fused.reference import accumulation_dtype
 
 NAMESPACE = "cwbr_fused"
@@ -67,13 +67,19 @@ SCHEMAS = {
         " Tensor order, Tensor offsets, Tensor pairs, Tensor weights, float eps, bool log)"
         " -> Tensor[]"
     ),
+    "top_confusions": (
+        "(Tensor logits, Tensor targets, Tensor seen, int top) -> (Tensor, Tensor, Tensor)"
+    ),
+    "class_attraction": (
+        "(Tensor z, Tensor mean, Tensor var, Tensor index, Tensor coefficient) -> (Tensor, Tensor)"
+    ),
 }
 
 
 def pure_pytorch(name: str) -> Callable[..., Any]:
     """The pure-PyTorch implementation of operation `name`: what every backend must compute."""
-    module = reference_backward if name.endswith("_backward") else reference
-    function: Callable[..., Any] = getattr(module, name)
+    modules = (reference, reference_backward, reference_bank)
+    function: Callable[..., Any] = next(getattr(m, name) for m in modules if hasattr(m, name))
     return function
 
 
@@ -155,6 +161,19 @@ def _fake_regularizer_backward(grad: Tensor, features: list[Tensor], *others: An
     return [z.new_empty(z.shape) for z in features]
 
 
+def _fake_top_confusions(
+    logits: Tensor, targets: Tensor, seen: Tensor, top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (logits.shape[0], max(0, min(top, logits.shape[1] - 1)))
+    dtype = accumulation_dtype(logits.dtype)
+    index, weight = logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=dtype)
+    return index, weight, logits.new_empty((logits.shape[0],), dtype=dtype)
+
+
+def _fake_class_attraction(z: Tensor, mean: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.new_empty((z.shape[0],)), mean.new_empty(z.shape)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "group_by_class": _fake_group_by_class,
     "class_moments": _fake_class_moments,
@@ -170,6 +189,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "weighted_overlap_backward": _fake_moment_gradients,
     "regularizer": _fake_regularizer,
     "regularizer_backward": _fake_regularizer_backward,
+    "top_confusions": _fake_top_confusions,
+    "class_attraction": _fake_class_attraction,
 }
 
 

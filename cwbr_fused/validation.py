@@ -26,11 +26,12 @@ def describe(value: object) -> str:
 
 
 def check_float_tensor(name: str, value: object, shape: str) -> None:
-    """A floating-point tensor with as many dimensions as `shape`, such as "(K, D)", names."""
+    """A floating-point tensor with the dimensions that `shape` names, such as "(K, D)" or "()"."""
+    expected = f"a tensor of shape {shape}" if shape != "()" else "a scalar tensor"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
-    if value.dim() != shape.count(",") + 1 - shape.count(",)"):
-        raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.dim() != len([size for size in shape[1:-1].split(",") if size]):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
 
@@ -46,7 +47,7 @@ def check_index_tensor(name: str, value: object, length: int | None, what: str) 
     if value.dim() != 1 or (length is not None and value.shape[0] != length):
         hint = ""
         if value.dim() == 2 and value.dtype.is_floating_point:
-            hint = "; soft targets are not supported, pass class indices"
+            hint = "; soft targets are for cwbr_fused.loss alone, pass class indices"
         raise ValueError(
             f"{name}: expected shape {what.format(n=length)}, got {describe(value)}{hint}"
         )
@@ -78,6 +79,15 @@ def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
         raise ValueError(f"{name}: expected an int >= 1{otherwise}, got {value!r}")
 
 
+def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """A finite number with low <= value <= high."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not (low <= value <= high and math.isfinite(value)):
+        expected = f"a finite number >= {low}" if high == math.inf else f"{low} <= {name} <= {high}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def check_options(top_m: object, eps: object, objective: object, min_count: object = 1) -> None:
     """The keywords of `cwbr_fused.loss` that every function of its kind shares."""
     if top_m is not None:
@@ -86,6 +96,30 @@ def check_options(top_m: object, eps: object, objective: object, min_count: obje
     check_eps(eps)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+
+
+def check_adjustment(
+    temperature: object, shrinkage: object, noise_floor: object, min_count: object = 2
+) -> None:
+    """The keywords of `cwbr_fused.loss` that change the plain formulas."""
+    for name, value, words in (
+        ("temperature", temperature, ("dims",)),
+        ("shrinkage", shrinkage, ("analytic", "pooled")),
+    ):
+        if value is None or (isinstance(value, str) and value in words):
+            continue
+        expected = f"expected None, a finite number > 0 or one of {words}"
+        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            raise TypeError(f"{name}: {expected}, got {describe(value)}")
+        if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: {expected}, got {value!r}")
+    if not isinstance(noise_floor, bool):
+        raise TypeError(f"noise_floor: expected a bool, got {describe(noise_floor)}")
+    if noise_floor and shrinkage is None and min_count == 1:
+        raise ValueError(
+            "min_count: expected at least 2 with noise_floor and no shrinkage, as one sample has "
+            "no variance, got 1"
+        )
 
 
 def check_group(group: object) -> None:
@@ -110,6 +144,30 @@ def check_batch(logits: object, targets: object) -> None:
     check_range("targets", targets, 0, classes, "as logits has C = {high} columns")
 
 
+def is_soft(targets: object) -> bool:
+    """Whether targets are meant as class probabilities (B, C) instead of indices (B,)."""
+    return isinstance(targets, Tensor) and targets.dim() == 2 and targets.dtype.is_floating_point
+
+
+def check_soft_batch(logits: object, targets: Tensor) -> None:
+    """logits (B, C) and soft targets (B, C), finite and not negative, on one device."""
+    check_float_tensor("logits", logits, "(B, C)")
+    assert isinstance(logits, Tensor)
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"targets: expected (B,) class indices or (B, C) probabilities, with logits a "
+            f"{describe(logits)}, got {describe(targets)}"
+        )
+    check_same_device("targets", targets, "logits", logits)
+    what = "finite values >= 0 as soft targets"
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(((targets >= 0) & targets.isfinite()).all(), f"targets: {what}")
+    elif targets.numel() > 0:
+        smallest, largest = (float(bound) for bound in targets.detach().aminmax())
+        if not (smallest >= 0 and math.isfinite(largest)):
+            raise ValueError(f"targets: expected {what}, got values from {smallest} to {largest}")
+
+
 def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> None:
     """low <= values < high; `why` may name {high}. Reads the values, so only those on the CPU."""
     if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
@@ -126,12 +184,19 @@ def feature_vectors(
     features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
 ) -> list[Tensor]:
     """One (B, D) vector tensor per layer, from whatever form the features came in."""
+    return [to_vec(layer) for layer in named_layers(features, logits).values()]
+
+
+def named_layers(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+) -> dict[str, Tensor]:
+    """The layers by name: keys of a mapping, indices of a sequence, "features" for a tensor."""
     if isinstance(features, Tensor):
-        named = [("features", features)]
+        named = {"features": ("features", features)}
     elif isinstance(features, Mapping):
-        named = [(f"features[{name!r}]", layer) for name, layer in features.items()]
+        named = {str(k): (f"features[{k!r}]", layer) for k, layer in features.items()}
     elif isinstance(features, Sequence) and not isinstance(features, str):
-        named = [(f"features[{index}]", layer) for index, layer in enumerate(features)]
+        named = {str(i): (f"features[{i}]", layer) for i, layer in enumerate(features)}
     else:
         raise TypeError(
             "features: expected a tensor, a sequence or a mapping of tensors, "
@@ -139,10 +204,12 @@ def feature_vectors(
         )
     if not named:
         raise ValueError(f"features: expected at least one layer, got an empty {type(features)}")
-    return [_feature_vector(name, layer, logits) for name, layer in named]
+    for label, layer in named.values():
+        _check_layer(label, layer, logits)
+    return {name: layer for name, (_, layer) in named.items()}
 
 
-def _feature_vector(name: str, layer: object, logits: Tensor) -> Tensor:
+def _check_layer(name: str, layer: object, logits: Tensor) -> None:
     if not isinstance(layer, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(layer)}")
     if layer.dim() not in (2, 3, 4):
@@ -159,4 +226,3 @@ def _feature_vector(name: str, layer: object, logits: Tensor) -> Tensor:
     if 0 in layer.shape[1:]:
         raise ValueError(f"{name}: expected no empty dimension but B, got {describe(layer)}")
     check_same_device(name, layer, "logits", logits)
-    return to_vec(layer)

@@ -17,6 +17,8 @@ MODULES = (
     "cwbr_fused.ops",
     "cwbr_fused.schema",
     "cwbr_fused.reference_backward",
+    "cwbr_fused.reference_bank",
+    "cwbr_fused.bank",
     "cwbr_fused.info",
 )
 # The base classes of `cwbr_fused.integrations`, by the library that has them.

@@ -120,3 +120,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         module.__spec__ = ModuleSpec(name, None)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+def make_folder(root: Path, parts: list[str], per_class: int = 8) -> None:
+    """A folder of images, by part and class, as `install` reads them."""
+    generator = np.random.default_rng(0)
+    for part in parts:
+        for name in ("crow", "jay", "rook"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for k in range(per_class):
+                image = generator.integers(0, 256, (10, 10, 3), dtype=np.uint8)
+                np.save(folder / f"{k}.npy", image)

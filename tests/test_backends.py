@@ -55,3 +55,21 @@ def test_importing_the_package_needs_no_triton() -> None:
         "assert 'not installed' in cwbr_fused.backends.explain('cuda')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_triton_kernels_that_cannot_be_imported_say_why_at_every_call() -> None:
+    script = (
+        "import importlib.util, sys\n"
+        "from cwbr_fused import extension\n"
+        "importlib.util.find_spec = lambda name: None  # as in a checkout that is not installed\n"
+        "def failure():\n"
+        "    try: extension.triton_kernels()\n"
+        "    except ImportError as error: return repr(error)\n"
+        "sys.modules['triton'] = None\n"
+        "first = failure()\n"
+        "assert 'triton' in first, first\n"
+        "assert failure() == first, failure()\n"
+        "del sys.modules['triton']\n"
+        "assert extension.triton_kernels().plan\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -67,10 +67,40 @@ CASES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("targets bool", lambda: loss(targets=Y > 1), TypeError, r"targets: .*integer.*bool"),
     ("targets other B", lambda: loss(targets=Y[:5]), ValueError, r"targets: .*\(8,\).*\(5,\)"),
     (
-        "targets soft",
-        lambda: loss(targets=LOGITS.softmax(1)),
+        "targets soft, other C",
+        lambda: loss(targets=LOGITS.softmax(1)[:, :3]),
         ValueError,
-        r"targets: .*soft targets",
+        r"targets: .*\(B, C\).*\(8, 4\).*\(8, 3\)",
+    ),
+    (
+        "targets soft and negative",
+        lambda: loss(targets=LOGITS.softmax(1) - 0.5),
+        ValueError,
+        r"targets: .*>= 0.*from -0",
+    ),
+    (
+        "targets soft and infinite",
+        lambda: loss(targets=LOGITS.exp() / 0),
+        ValueError,
+        r"targets: .*finite.*inf",
+    ),
+    (
+        "targets soft of a group",
+        lambda: loss(targets=LOGITS.softmax(1), group="world"),
+        ValueError,
+        r"targets: soft targets .*group.*\(8, 4\)",
+    ),
+    (
+        "targets soft on another device",
+        lambda: loss(targets=LOGITS.softmax(1).to(META)),
+        ValueError,
+        r"targets: .*cpu, got meta",
+    ),
+    (
+        "y soft",
+        lambda: functional.class_stats_diag(Z, LOGITS.softmax(1)),
+        ValueError,
+        r"y: .*soft targets are for cwbr_fused.loss alone",
     ),
     ("targets list", lambda: loss(targets=Y.tolist()), TypeError, r"targets: .*list"),
     (

@@ -227,11 +227,11 @@ def test_exponent_of_a_power_law() -> None:
 
 
 def test_readme_table_is_replaced_between_its_markers_only() -> None:
-    start, end = plots.MARKERS
+    start, end = "<!-- some:start -->", "<!-- some:end -->"
     readme = f"before\n{start}\nold\n{end}\nafter\n"
-    assert plots.insert_table(readme, "new\n") == f"before\n{start}\nnew\n{end}\nafter\n"
-    with pytest.raises(ValueError, match="table:start"):
-        plots.insert_table("no markers", "new\n")
+    assert tables.insert_table(readme, "some", "new\n") == f"before\n{start}\nnew\n{end}\nafter\n"
+    with pytest.raises(ValueError, match="some:start"):
+        tables.insert_table("no markers", "some", "new\n")
 
 
 def test_labels_are_moved_apart_in_their_order() -> None:

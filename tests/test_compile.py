@@ -215,6 +215,22 @@ def test_a_step_waits_for_no_value(
         assert mode.seen >= forward | {name + "_backward" for name in forward}
 
 
+@pytest.mark.parametrize("backend", ["reference", "cuda", "triton"])
+def test_a_step_of_cwbr_waits_for_no_value(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(backends, "resolve", lambda name, device_type: backend)
+    with FakeTensorMode():
+        z, logits, y = on("meta")
+        maps = torch.empty(32, 3, 4, 4, device="meta")
+        cwbr = cwbr_fused.CWBR(10)
+        for _ in range(2):
+            leaves = [z.clone().requires_grad_(), maps.clone().requires_grad_()]
+            with NoWait("meta") as mode:
+                cwbr(leaves, logits, y)
+                torch.stack([leaf.sum() for leaf in leaves]).sum().backward()
+        assert all(leaf.grad is not None for leaf in leaves)
+    assert backend == "reference" or mode.seen >= {"top_confusions", "class_attraction"}
+
+
 @pytest.mark.parametrize("top_m", [8, None])
 def test_the_forward_pass_on_cuda_tensors_waits_for_no_value(top_m: int | None) -> None:
     with FakeTensorMode():

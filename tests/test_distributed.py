@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import distributed_bank
 import pytest
 import torch
 import torch.distributed as dist
@@ -105,6 +106,14 @@ def check_loss_and_gradient_equal_one_process(rank: int, world: int) -> None:
         whole = batch(sum(sizes))
         assert_equals_one_process(whole, rank, sizes, 1e-6, **options)
         assert_equals_one_process(whole.to(torch.float64), rank, sizes, 1e-13, **options)
+
+
+def check_shrunk_variances_and_noise_floors_equal_one_process(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    whole = batch(sum(sizes)).to(torch.float64)
+    for shrinkage, top_m in itertools.product((3, "analytic", "pooled"), (8, None)):
+        options = {"shrinkage": shrinkage, "top_m": top_m, "min_count": 1, "temperature": "dims"}
+        assert_equals_one_process(whole, rank, sizes, 1e-12, noise_floor=True, **options)
 
 
 def check_classes_split_over_processes_count_together(rank: int, world: int) -> None:
@@ -350,7 +359,7 @@ def check_a_process_that_died_is_an_error(rank: int, world: int) -> None:
 
 CHECKS: dict[str, Callable[[int, int], None]] = {
     name.removeprefix("check_"): function
-    for name, function in list(globals().items())
+    for name, function in [*vars(distributed_bank).items(), *globals().items()]
     if name.startswith("check_")
 }
 

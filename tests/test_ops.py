@@ -46,6 +46,8 @@ def operation_arguments(dtype: torch.dtype = torch.float64) -> dict[str, tuple[A
         "regularizer_backward": (
             *(value, features, means, variances, distances, *planned, EPS, True),
         ),
+        "top_confusions": (logits, targets, torch.arange(9) != 4, 3),
+        "class_attraction": (z, z[:9].clone(), var[0], targets[:, None] - 1, logits[:, :1]),
     }
     assert arguments.keys() == schema.SCHEMAS.keys()
     return arguments

@@ -16,5 +16,6 @@ def test_readme_has_snippets() -> None:
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.splitlines()[0])
-def test_snippet_runs(snippet: str) -> None:
+def test_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where it may write
     exec(compile(snippet, str(README), "exec"), {})

@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cwbr_fused.sampling import PKSampler
 
+# What the arguments leave out is reported as it should be: tests/test_health.py.
+pytestmark = pytest.mark.filterwarnings("ignore::cwbr_fused.health.CWBRWarning")
+
 Batches = list[list[int]]
 
 

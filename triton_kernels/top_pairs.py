@@ -26,9 +26,10 @@ BINS = tl.constexpr(256)
 def _key(weight, UNSIGNED: tl.constexpr, BITS: tl.constexpr):
     """Unsigned integers in the order of the weights; -0 equals 0, NaN is largest, none is 0."""
     SIGN: tl.constexpr = 1 << (BITS - 1)
+    ONES: tl.constexpr = (1 << BITS) - 1  # bits ^ ONES is ~bits, which Triton 3.6 cannot interpret
     bits = (weight + 0.0).to(UNSIGNED, bitcast=True)
-    key = tl.where((bits >> (BITS - 1)) != 0, ~bits, bits | SIGN)
-    return tl.where(weight != weight, ~(bits ^ bits), key)
+    key = tl.where((bits >> (BITS - 1)) != 0, bits ^ ONES, bits | SIGN)
+    return tl.where(weight != weight, ONES, key)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-// The kernels that work on a batch: groups, moments, confusion weights, pairs, and the fused
-// regularizer. Free of torch. Each function computes what the function of its name in
-// cwbr_fused/reference.py or reference_backward.py does, bit for bit the same on any number of
-// threads. T is the accumulation type, In the type of the input; matrices are row-major.
+// The kernels that work on a batch: groups, moments, confusion weights, pairs, the fused
+// regularizer, and the class bank. Free of torch. Each function computes what the function of its
+// name in cwbr_fused/reference.py, reference_backward.py or reference_bank.py does, bit for bit the
+// same on any number of threads. T is the accumulation type, In the type of the input; matrices are
+// row-major.
 #pragma once
 
 #include <cstdint>
@@ -85,5 +86,17 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
 template <class T>
 void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, int64_t batch,
                           Groups groups, Pairs<T> pairs, double eps, bool log, const T* distance);
+
+// targets: (logits.rows), in [0, logits.cols). seen: (logits.cols). index, weight: (logits.rows,
+// top) with top < logits.cols, or 0. own: (logits.rows).
+template <class In, class T>
+void top_confusions(Matrix<const In> logits, const int64_t* targets, const bool* seen, int64_t top,
+                    int64_t* index, T* weight, T* own);
+
+// mean: (classes, z.cols) contiguous. var: (z.cols). index, coefficient: (z.rows, count), classes
+// from -1 on. energy: (z.rows). gradient: (z.rows, z.cols).
+template <class In, class T>
+void class_attraction(Matrix<const In> z, const T* mean, const T* var, const int64_t* index,
+                      const T* coefficient, int64_t count, T* energy, T* gradient);
 
 }  // namespace cwbr

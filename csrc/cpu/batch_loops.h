@@ -45,6 +45,15 @@ struct BatchLoops {
   // total[j] += softmax(logits)[columns[j]] for j < n.
   void (*add_probabilities)(const In* logits, SoftmaxStatistics<T> statistics,
                             const int64_t* columns, int64_t n, T* total);
+
+  // One row of top_confusions: n logits; index, weight (top,); returns the own probability.
+  T (*top_confusions)(const In* logits, int64_t n, int64_t own_class, const bool* seen, int64_t top,
+                      int64_t* index, T* weight);
+
+  // One sample of class_attraction, the variances given as their inverses (dims,); index,
+  // coefficient (count,); writes gradient (dims,) and returns the energy.
+  T (*class_attraction)(const In* z, const T* mean, const T* inverse_var, int64_t dims,
+                        const int64_t* index, const T* coefficient, int64_t count, T* gradient);
 };
 
 // The table for the instruction set that isa_name() names.

@@ -239,9 +239,10 @@ void moments_gradient(const GroupRows<In>& rows, T eps, const T* mean, const T* 
 }
 
 // One pass over memory: a block is read twice, the second time from the nearest cache, and the
-// sum so far is rescaled where a block raises the maximum.
-template <class In, class T = Accumulate<In>>
-SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
+// sum so far is rescaled where a block raises the maximum. `visit(first, last, maximum)` is called
+// for each block while that cache holds it.
+template <class In, class T, class Visit>
+CWBR_INLINE SoftmaxStatistics<T> visit_softmax(const In* logits, int64_t n, Visit visit) {
   constexpr int lanes = kLanes<T>, unroll = 4;
   constexpr int64_t block = 1024;
   constexpr T none = -std::numeric_limits<T>::infinity();
@@ -260,6 +261,7 @@ SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
 
     const T block_max =
         max_lanes<T>(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
+    visit(first, last, block_max);
     const T before = max;
     max = block_max > max ? block_max : max;
     // Where all logits so far are -inf, exp(-inf - 0) is the 0 that they count for.
@@ -279,6 +281,11 @@ SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
       sums[0] += exp_negative<T, false>(load_input_first(logits + c, last - c, none) - shift);
   }
   return {max, sum_lanes<T>(sums[0] + sums[1] + (sums[2] + sums[3]))};
+}
+
+template <class In, class T = Accumulate<In>>
+SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
+  return visit_softmax<In, T>(logits, n, [](int64_t, int64_t, T) CWBR_LAMBDA_INLINE {});
 }
 
 template <class In, class T>

@@ -10,11 +10,15 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of its own headers.
+// GCC 12 warns of its own intrinsics, which leave the vectors they overwrite uninitialized.
+#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
 #endif
 #endif
 

@@ -5,6 +5,7 @@
 // simd.h comes first.
 #include "all_pair_distance_simd.h"
 #include "batch_loops_simd.h"
+#include "class_bank_simd.h"
 #include "pair_gradients_simd.h"
 // pair_gradients_simd.h comes first.
 #include "pair_distance_simd.h"
@@ -26,8 +27,9 @@ const PairKernels<T>& pair_kernels() {
 template <class In>
 const BatchLoops<In>& batch_loops() {
   using T = Accumulate<In>;
-  static constexpr BatchLoops<In> table = {moments<In, T>, moments_gradient<In, T>,
-                                           softmax_statistics<In, T>, add_probabilities<In, T>};
+  static constexpr BatchLoops<In> table = {
+      moments<In, T>,           moments_gradient<In, T>, softmax_statistics<In, T>,
+      add_probabilities<In, T>, top_confusions<In, T>,   class_attraction<In, T>};
   return table;
 }
 

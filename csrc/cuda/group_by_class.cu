@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> group_by_class_op(const Tensor& targets, int64_t min_count) {
   check(min_count >= 1, "min_count: expected at least 1, got ", min_count);
   Launcher launch(targets);
-  const Tensor target = int64_classes(targets);
+  const Tensor target = int64_targets(targets);
   const int64_t batch = target.size(0), groups = batch / min_count;
   check(batch <= kMaxSamples, "targets: expected at most ", kMaxSamples, " samples, got ", batch);
   const Tensor order = launch.empty<int64_t>({batch});

@@ -109,24 +109,6 @@ auto with_accumulated_type(const Tensor& t, const F& f) {
   return t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
 }
 
-// Classes of any integer dtype as contiguous int64.
-inline Tensor int64_classes(const Tensor& targets) {
-  check(targets.dim() == 1, "targets: expected shape (B,), got ", shape(targets.sizes()));
-  switch (targets.scalar_type()) {
-    case ScalarType::Long:
-      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Bool:
-      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
-    default:
-      check(false, "targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
-      return targets;
-  }
-}
-
 // The address of a tensor's elements as the type that a kernel takes.
 template <class T>
 const T* elements(const Tensor& t) {

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_op(const Tensor& logits,
   const Tensor rows = launch.matrix(logits, "logits");
   const int64_t batch = rows.size(0), groups = batch / min_count;
   check(batch <= kMaxSamples, "targets: expected at most ", kMaxSamples, " samples, got ", batch);
-  const Tensor target = launch.input<int64_t, 1>(int64_classes(targets), "targets", {batch});
+  const Tensor target = launch.input<int64_t, 1>(int64_targets(targets), "targets", {batch});
   const int64_t m = std::min(top_m, groups * (groups - 1) / 2);
   const Tensor order = launch.empty<int64_t>({batch});
   const Tensor offsets = launch.empty<int64_t>({groups + 1});

@@ -10,6 +10,50 @@ imported itself:
 | Lightning | `cwbr_fused.integrations.lightning.RegularizerCallback` |
 | Hugging Face Trainer | `cwbr_fused.integrations.huggingface.RegularizedTrainer` |
 
+`CWBR`, the recommended form, needs no adapter in any of them: it is one call between forward and
+backward, and `CWBR.catch` finds the features. What follows it is about the published form.
+
+```python
+import timm, torch
+from torch.nn.functional import cross_entropy
+from cwbr_fused import CWBR
+
+model = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+cwbr = CWBR(num_classes=5)
+catcher = cwbr.catch(model, ["blocks.0", "blocks.1"])
+images, targets = torch.randn(8, 3, 224, 224), torch.arange(8) % 4
+
+logits = model(images)
+ce = cross_entropy(logits, targets)
+cwbr(catcher.feats, logits, targets)
+ce.backward()
+```
+
+In Lightning that is `training_step`, with `cwbr` a submodule, so that checkpoints hold its bank:
+
+```python
+import torch
+from lightning.pytorch import LightningModule
+from torch.nn.functional import cross_entropy
+from cwbr_fused import CWBR
+
+class Classifier(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        self.cwbr = CWBR(num_classes=4)
+        self.catcher = self.cwbr.catch(self.model, ["0"])
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        logits = self.model(inputs)
+        self.cwbr(self.catcher.feats, logits, targets)
+        return cross_entropy(logits, targets)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+```
+
 ## timm
 
 `forward_intermediates` gives features and logits in one forward. Maps come as (B, C, H, W) whatever

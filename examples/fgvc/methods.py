@@ -1,7 +1,7 @@
 """The training objectives by name. A new one is a module with this forward and a line in METHODS.
 
-A method may hold state (buffers): it is saved with the checkpoint. Its `forward` gets the pooled
-features, connected to the graph, by layer.
+A method may hold state (buffers): it is saved with the checkpoint. Its `forward` gets the raw
+features by layer, which the model itself goes on with, between forward and backward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Setting:
 
     num_classes: int
     layers: tuple[str, ...]
+    pool: Callable[[Tensor], Tensor]
     top_m: int | None
     backend: str
 
@@ -49,7 +50,7 @@ class Bhattacharyya(nn.Module):
 
     def __init__(self, setting: Setting, objective: str) -> None:
         super().__init__()
-        self.objective = objective
+        self.objective, self.pool = objective, setting.pool
         self.regularizer = cwbr_fused.ConfusionWeightedBhatReg(
             setting.layers, setting.top_m, objective=objective, backend=setting.backend
         )
@@ -57,14 +58,32 @@ class Bhattacharyya(nn.Module):
     def forward(
         self, features: Mapping[str, Tensor], logits: Tensor, targets: Tensor, ce: Tensor
     ) -> Terms:
-        reg = self.regularizer(features, logits, targets)
+        vectors = {name: self.pool(feature) for name, feature in features.items()}
+        reg = self.regularizer(vectors, logits, targets)
         total = cwbr_fused.scale_match(ce, reg, objective=self.objective)
         scale = ce / (reg + 1e-6) if self.objective == "overlap" else ce
         return Terms(total, reg, scale)
 
 
+class Balanced(nn.Module):
+    """The recommended form: cross-entropy, with gradients added on its way back."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.regularizer = cwbr_fused.CWBR(
+            setting.num_classes, pool=setting.pool, backend=setting.backend
+        )
+
+    def forward(
+        self, features: Mapping[str, Tensor], logits: Tensor, targets: Tensor, ce: Tensor
+    ) -> Terms:
+        energy = self.regularizer(features, logits, targets)
+        return Terms(ce, energy, torch.zeros_like(ce))
+
+
 METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "ce": lambda setting: CrossEntropy(),
+    "cwbr": Balanced,
     "plain": lambda setting: Bhattacharyya(setting, "overlap"),
     "log_overlap": lambda setting: Bhattacharyya(setting, "log_overlap"),
 }

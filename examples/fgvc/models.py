@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -111,11 +111,12 @@ class Backbone:
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model, self.layers = model, list(layers)
         self.catcher = FeatureCatcher(model, layers)
-        self._pooling: dict[str, Any] = {
-            "num_prefix_tokens": getattr(model, "num_prefix_tokens", 1),
-            "channels_last": getattr(model, "output_fmt", "") == "NHWC"
+        self.pool_one: Callable[[Tensor], Tensor] = partial(
+            to_vec,
+            num_prefix_tokens=getattr(model, "num_prefix_tokens", 1),
+            channels_last=getattr(model, "output_fmt", "") == "NHWC"
             or type(model).__name__ == "SwinTransformer",
-        }
+        )
 
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits (B, C), and the raw outputs of the layers, by name."""
@@ -126,4 +127,4 @@ class Backbone:
 
     def pool(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One vector per image and layer, (B, D) each."""
-        return {name: to_vec(feature, **self._pooling) for name, feature in features.items()}
+        return {name: self.pool_one(feature) for name, feature in features.items()}

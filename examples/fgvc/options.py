@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what = p.add_argument_group("what to train")
     which = what.add_mutually_exclusive_group()
-    which.add_argument("--method", choices=METHODS, default="plain", help="objective (%(default)s)")
+    which.add_argument("--method", choices=METHODS, default="cwbr", help="objective (%(default)s)")
     which.add_argument(
         "--compare", nargs="+", choices=METHODS, help="several, one after the other, same batches"
     )

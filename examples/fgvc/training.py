@@ -22,7 +22,7 @@ from fgvc.data import Images, ShuffledBatches, make_sampler
 from fgvc.evaluation import predict
 from fgvc.interrupt import Interrupted, StopSignals
 from fgvc.log import Log, Row
-from fgvc.methods import METHODS, Setting
+from fgvc.methods import METHODS, CrossEntropy, Setting
 from fgvc.models import Backbone, default_layers, make_model
 from fgvc.options import Options
 
@@ -72,7 +72,8 @@ class Trainer:
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = Backbone(model, options.layers or default_layers(model))
         layers = tuple(self.backbone.layers)
-        setting = Setting(classes, layers, options.top_m, options.backend)
+        pool = self.backbone.pool_one
+        setting = Setting(classes, layers, pool, options.top_m, options.backend)
         self.method = METHODS[name](setting).to(self.device)
         self.sampler: PKSampler | ShuffledBatches = make_sampler(
             options.sampler,
@@ -135,7 +136,7 @@ class Trainer:
             targets = targets.to(self.device)
             logits, features = self.backbone(images)
             ce = cross_entropy(logits, targets)
-            terms = self.method(self.backbone.pool(features), logits, targets, ce)
+            terms = self.method(features, logits, targets, ce)
             self.optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             rate = self.schedule.get_last_lr()[0]
@@ -153,7 +154,7 @@ class Trainer:
                 }
                 self.seconds += time.perf_counter() - started
                 values |= self._overlaps(features, logits, targets)
-                if terms.regularizer.requires_grad:
+                if not isinstance(self.method, CrossEntropy):
                     spent = self._time_regularizer(features, logits, targets, ce)
                     self.regularizer_seconds.append(spent)
                 self.history.append({"epoch": epoch + 1, "step": self.step, **values})
@@ -175,7 +176,7 @@ class Trainer:
     def _time_regularizer(
         self, features: Mapping[str, Tensor], logits: Tensor, targets: Tensor, ce: Tensor
     ) -> float:
-        """Seconds of the method alone, pooling, forward and backward.
+        """Seconds of the method alone, pooling, forward, backward and tensor hooks.
 
         It runs on copies of this step's features and of the method, and leaves no trace.
         """
@@ -183,7 +184,8 @@ class Trainer:
         ce, method = ce.detach().requires_grad_(), copy.deepcopy(self.method)
         self._synchronize()
         started = time.perf_counter()
-        method(self.backbone.pool(leaves), logits.detach(), targets, ce).total.backward()
+        total = method(leaves, logits.detach(), targets, ce).total
+        torch.stack([total, *(z.sum() for z in leaves.values())]).sum().backward()
         self._synchronize()
         return time.perf_counter() - started
 

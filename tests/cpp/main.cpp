@@ -6,6 +6,7 @@
 #include "harness.h"
 
 void test_batch_kernels();
+void test_class_bank();
 void test_pair_kernels();
 
 int main() {
@@ -16,6 +17,7 @@ int main() {
     return 0;
   }
   test_batch_kernels();
+  test_class_bank();
   test_pair_kernels();
   std::printf("all kernels agree with their definitions, on 1 to 5 threads\n");
 }

@@ -1,13 +1,4 @@
-"""What a fine-grained classifier confuses, and how its layers separate it. No gradients.
-
-    pairs, confusion = top_confusing_pairs(val_logits, val_targets, 20)
-    pair_error_rate(test_logits.argmax(1), test_targets, pairs).nanmean()
-    layer_overlaps(catcher.feats, logits, targets)
-    linear_probe(train_features, train_targets, test_features, test_targets)
-
-Pick pairs on one set and report their error on another: errors counted on the set that the pairs
-were picked on fall by themselves when the model is trained again.
-"""
+"""The single measures: confusing pairs and their errors, overlaps of layers, linear probes."""
 
 from __future__ import annotations
 
@@ -96,6 +87,13 @@ def top_confusing_pairs(logits: Tensor, targets: Tensor, count: int = 20) -> tup
     return classes.long()[pairs], confusion
 
 
+def check_pairs(pairs: object) -> None:
+    """(M, 2) integer classes."""
+    if not isinstance(pairs, Tensor) or pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs: expected shape (M, 2), got {validation.describe(pairs)}")
+    validation.check_index_tensor("pairs", pairs.flatten(), None, "(M, 2)")
+
+
 def pair_error_rate(predictions: Tensor, targets: Tensor, pairs: Tensor) -> Tensor:
     """How often the classes of each pair are taken for each other.
 
@@ -113,8 +111,7 @@ def pair_error_rate(predictions: Tensor, targets: Tensor, pairs: Tensor) -> Tens
     validation.check_index_tensor(
         "targets", targets, length, f"(N,) = ({length},), as predictions has"
     )
-    if not isinstance(pairs, Tensor) or pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs: expected shape (M, 2), got {validation.describe(pairs)}")
+    check_pairs(pairs)
     i, j = pairs.unbind(1)
     is_i, is_j = targets == i[:, None], targets == j[:, None]
     swapped = (is_i & (predictions == j[:, None])) | (is_j & (predictions == i[:, None]))

@@ -1,0 +1,138 @@
+// The loops of the class bank for one instruction set; batch_loops_simd.h comes first.
+
+namespace cwbr::CWBR_ISA {
+
+// Bit l: whether a[l] > b[l].
+#if defined(CWBR_AVX512)
+CWBR_INLINE unsigned greater_lanes(Floats a, Floats b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+CWBR_INLINE unsigned greater_lanes(Doubles a, Doubles b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ);
+}
+#elif defined(CWBR_AVX2)
+CWBR_INLINE unsigned greater_lanes(Floats a, Floats b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+CWBR_INLINE unsigned greater_lanes(Doubles a, Doubles b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ));
+}
+#else
+template <class V>
+CWBR_INLINE unsigned greater_lanes(V a, V b) {
+  unsigned bits = 0;
+  for (unsigned l = 0; l < sizeof(a) / sizeof(a[0]); ++l) bits |= unsigned(a[l] > b[l]) << l;
+  return bits;
+}
+#endif
+
+// The `size` largest of the values offered so far: falling, the earlier first among equals.
+template <class T>
+struct TopList {
+  int64_t size;
+  int64_t* index;
+  T* value;
+  int64_t count = 0;
+  // A value has a place if it is greater than this.
+  T threshold = size > 0 ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
+
+  CWBR_INLINE void insert(int64_t i, T x) {
+    int64_t at = count < size ? count++ : size - 1;
+    for (; at > 0 && value[at - 1] < x; --at) {
+      value[at] = value[at - 1];
+      index[at] = index[at - 1];
+    }
+    value[at] = x;
+    index[at] = i;
+    if (count == size) threshold = value[size - 1];
+  }
+};
+
+template <class In, class T = Accumulate<In>>
+CWBR_INLINE T input_at(const In* x, int64_t i) {
+  return load_input_first(x + i, 1, T(0))[0];
+}
+
+// The candidates of a block are looked for only where its maximum has a place in the list; then a
+// comparison for each vector finds the few that have.
+template <class In, class T>
+T top_confusions(const In* logits, int64_t n, int64_t own_class, const bool* seen, int64_t top,
+                 int64_t* index, T* weight) {
+  constexpr int lanes = kLanes<T>;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  TopList<T> list{top, index, weight};
+  const auto search = [&](int64_t first, int64_t last, T largest) CWBR_LAMBDA_INLINE {
+    if (!(largest > list.threshold)) return;
+    for (int64_t c = first; c < last; c += lanes) {
+      const Vec<T> x = last - c >= lanes ? load_input(logits + c)
+                                         : load_input_first(logits + c, last - c, -infinity);
+      unsigned above = greater_lanes(x, broadcast(list.threshold));
+      if (above == 0) continue;
+      T values[lanes];
+      store(values, x);
+      for (; above != 0; above &= above - 1) {
+        const int lane = __builtin_ctz(above);
+        const int64_t i = c + lane;
+        if (values[lane] > list.threshold && seen[i] && i != own_class)
+          list.insert(i, values[lane]);
+      }
+    }
+  };
+  const SoftmaxStatistics<T> softmax = visit_softmax<In, T>(logits, n, search);
+  const auto probability = [&](T x) { return std::exp(x - softmax.max) / softmax.sum; };
+  // The sum is NaN where a logit is NaN or infinity.
+  const int64_t found = softmax.sum == softmax.sum ? list.count : 0;
+  for (int64_t j = 0; j < found; ++j) weight[j] = probability(weight[j]);
+  for (int64_t j = found; j < top; ++j) {
+    weight[j] = 0;
+    index[j] = -1;
+  }
+
+  const T own = input_at(logits, own_class);
+  if (softmax.max < infinity) return probability(own);
+  bool nan = own == infinity;
+  for (int64_t c = 0; c < n; ++c) {
+    const T x = input_at(logits, c);
+    nan |= x != x;
+  }
+  return nan ? std::numeric_limits<T>::quiet_NaN() : T(0);
+}
+
+// The energy of some columns, lane by lane; writes their gradient.
+template <class In, int Vectors, bool Whole, class T>
+CWBR_INLINE Vec<T> column_attraction(Columns<In, Vectors, Whole> columns, const In* z,
+                                     const T* mean, const T* inverse_var, int64_t dims,
+                                     const int64_t* index, const T* coefficient, int64_t count,
+                                     T* gradient) {
+  Vec<T> x[Vectors], pull[Vectors] = {}, squares[Vectors] = {}, energy = {};
+  for (int v = 0; v < Vectors; ++v) x[v] = columns.input(z, v);
+  for (int64_t j = 0; j < count; ++j) {
+    if (index[j] < 0) continue;
+    const T* row = mean + index[j] * dims;
+    for (int v = 0; v < Vectors; ++v) {
+      const Vec<T> difference = x[v] - columns.values(row, v);
+      const Vec<T> weighted = difference * coefficient[j];
+      pull[v] += weighted;
+      squares[v] = fma(weighted, difference, squares[v]);
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    const Vec<T> inverse = columns.values(inverse_var, v);
+    columns.put(gradient, v, pull[v] * inverse);
+    energy = fma(squares[v], inverse, energy);
+  }
+  return energy;
+}
+
+template <class In, class T>
+T class_attraction(const In* z, const T* mean, const T* inverse_var, int64_t dims,
+                   const int64_t* index, const T* coefficient, int64_t count, T* gradient) {
+  Vec<T> energy = {};
+  for_each_column<In>(dims, [&](auto columns) CWBR_LAMBDA_INLINE {
+    energy +=
+        column_attraction(columns, z, mean, inverse_var, dims, index, coefficient, count, gradient);
+  });
+  return sum_lanes<T>(energy) / 2;
+}
+
+}  // namespace cwbr::CWBR_ISA

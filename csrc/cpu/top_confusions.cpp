@@ -1,0 +1,32 @@
+#include <algorithm>
+
+#include "cpu/batch_kernels.h"
+#include "cpu/batch_loops.h"
+#include "cpu/parallel.h"
+
+namespace cwbr {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // logits per thread
+
+}  // namespace
+
+template <class In, class T>
+void top_confusions(Matrix<const In> logits, const int64_t* targets, const bool* seen, int64_t top,
+                    int64_t* index, T* weight, T* own) {
+  const auto& loops = batch_loops<In>();
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, logits.cols));
+  parallel_for(0, logits.rows, grain, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      own[b] = loops.top_confusions(logits.data + b * logits.stride, logits.cols, targets[b], seen,
+                                    top, index + b * top, weight + b * top);
+    }
+  });
+}
+
+#define CWBR_INSTANTIATE(In, T)                                                                  \
+  template void top_confusions(Matrix<const In>, const int64_t*, const bool*, int64_t, int64_t*, \
+                               T*, T*);
+CWBR_FOR_EACH_INPUT(CWBR_INSTANTIATE)
+
+}  // namespace cwbr

@@ -1,0 +1,120 @@
+#include <algorithm>
+#include <memory>
+
+#include "cpu/batch_kernels.h"
+#include "harness.h"
+
+using namespace cwbr;
+
+namespace {
+
+// top < classes; with `ties` logits are whole numbers.
+struct Case {
+  const char* name;
+  int64_t batch, classes, dims, top;
+  bool ties;
+};
+constexpr Case kCases[] = {
+    {"odd", 37, 53, 131, 5, false},       {"one class", 9, 1, 7, 0, false},
+    {"one dimension", 5, 2, 1, 1, false}, {"no samples", 0, 8, 8, 3, false},
+    {"all others", 6, 40, 17, 39, true},  {"blocks", 70, 3001, 700, 7, true},
+};
+
+template <class T>
+struct Results {
+  Array<int64_t> index;
+  Array<T> weight, own, energy, gradient;
+};
+
+template <class T>
+Results<T> run(const Case& c, const Array<T>& logits, const Array<int64_t>& targets,
+               const bool* seen, const Array<T>& z, const Array<T>& mean, const Array<T>& var) {
+  Results<T> r;
+  r.index.resize(c.batch * c.top);
+  r.weight.resize(c.batch * c.top);
+  r.own.resize(c.batch);
+  r.energy.resize(c.batch);
+  r.gradient.resize(c.batch * c.dims);
+  top_confusions(Matrix<const T>{logits.data(), c.batch, c.classes, c.classes}, targets.data(),
+                 seen, c.top, r.index.data(), r.weight.data(), r.own.data());
+  class_attraction(Matrix<const T>{z.data(), c.batch, c.dims, c.dims}, mean.data(), var.data(),
+                   r.index.data(), r.weight.data(), c.top, r.energy.data(), r.gradient.data());
+  return r;
+}
+
+// The candidates of each row by falling logit, sorted in full; their probabilities and attraction.
+template <class T>
+Results<double> definitions(const Case& c, const Array<T>& logits, const Array<int64_t>& targets,
+                            const bool* seen, const Array<T>& z, const Array<T>& mean,
+                            const Array<T>& var) {
+  Results<double> r;
+  r.energy.resize(c.batch);
+  r.gradient.resize(c.batch * c.dims);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const T* row = logits.data() + b * c.classes;
+    Array<int64_t> order;
+    double total = 0;
+    for (int64_t i = 0; i < c.classes; ++i) {
+      total += std::exp(static_cast<double>(row[i]));
+      if (seen[i] && i != targets[b]) order.push_back(i);
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t i, int64_t j) { return row[i] > row[j]; });
+    r.own.push_back(std::exp(static_cast<double>(row[targets[b]])) / total);
+    order.resize(c.top, -1);
+    for (const int64_t i : order) {
+      const double weight = i < 0 ? 0 : std::exp(static_cast<double>(row[i])) / total;
+      r.index.push_back(i);
+      r.weight.push_back(weight);
+      for (int64_t d = 0; d < c.dims && i >= 0; ++d) {
+        const double difference = static_cast<double>(z[b * c.dims + d]) - mean[i * c.dims + d];
+        r.energy[b] += weight * difference * difference / (2 * var[d]);
+        r.gradient[b * c.dims + d] += weight * difference / var[d];
+      }
+    }
+  }
+  return r;
+}
+
+template <class T>
+void test_type(double tolerance) {
+  for (const Case& c : kCases) {
+    Array<T> logits = random_normal<T>(c.batch * c.classes, 1, 2);
+    if (c.ties)
+      std::transform(logits.begin(), logits.end(), logits.begin(),
+                     [](T x) { return std::round(x); });
+    const Array<T> z = random_normal<T>(c.batch * c.dims, 2),
+                   mean = random_normal<T>(c.classes * c.dims, 3);
+    Array<T> var = random_normal<T>(c.dims, 4);
+    for (T& v : var) v = v * v + T(0.1);
+    std::mt19937 generator(5);
+    Array<int64_t> targets(c.batch);
+    for (int64_t& y : targets) y = generator() % c.classes;
+    const std::unique_ptr<bool[]> seen(new bool[c.classes]);
+    for (int64_t i = 0; i < c.classes; ++i) seen[i] = generator() % 3 > 0;
+
+    thread_count = 1;
+    const Results<T> expected = run(c, logits, targets, seen.get(), z, mean, var);
+    const Results<double> truth = definitions(c, logits, targets, seen.get(), z, mean, var);
+    expect_same_bits(c.name, expected.index, truth.index);
+    expect_near(c.name, expected.weight, truth.weight, tolerance);
+    expect_near(c.name, expected.own, truth.own, tolerance);
+    expect_near(c.name, expected.energy, truth.energy, tolerance);
+    expect_near(c.name, expected.gradient, truth.gradient, tolerance);
+    for (thread_count = 2; thread_count <= 5; thread_count += 3) {
+      const Results<T> results = run(c, logits, targets, seen.get(), z, mean, var);
+      expect_same_bits(c.name, results.index, expected.index);
+      for (auto field :
+           {&Results<T>::weight, &Results<T>::own, &Results<T>::energy, &Results<T>::gradient}) {
+        expect_same_bits(c.name, results.*field, expected.*field);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void test_class_bank() {
+  test_type<double>(1e-12);
+  test_type<float>(4e-6);
+}

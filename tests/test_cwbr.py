@@ -1,0 +1,526 @@
+"""The recommended regularizer: its gradient, its balance, its bank and its manners."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cwbr_fused import CWBR, FeatureCatcher, reference_bank, to_vec
+from cwbr_fused.bank import ClassBank
+
+CLASSES = 6
+
+
+class Network(nn.Module):
+    """Two layers that give their features away: a map and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3)
+        self.body = nn.Linear(5, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        feature_map = self.conv(x)
+        vector = self.body(feature_map.mean((2, 3)).relu())
+        return self.head(vector.relu()), {"conv": feature_map, "body": vector}
+
+
+def batch(seed: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(CLASSES, (size,), generator=generator)
+    return torch.randn(size, 1, 6, 6, generator=generator) + targets[:, None, None, None], targets
+
+
+def warmed_up(network: Network, **options: float) -> CWBR:
+    """A regularizer that has seen a few batches."""
+    cwbr = CWBR(CLASSES, **options)  # type: ignore[arg-type]
+    for seed in range(1, 5):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        cwbr(features, logits, targets)
+        cross_entropy(logits, targets).backward()
+    network.zero_grad()
+    return cwbr
+
+
+def feature_gradients(network: Network, cwbr: CWBR | None, scale: float = 1) -> dict[str, Tensor]:
+    images, targets = batch()
+    logits, features = network(images)
+    for feature in features.values():
+        feature.retain_grad()
+    if cwbr is not None:
+        cwbr(features, logits, targets)
+    (scale * cross_entropy(logits, targets)).backward()
+    return {name: f.grad for name, f in features.items() if f.grad is not None}
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    mean = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    var = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
+    index = torch.randint(-1, 4, (7, 3), generator=generator)
+    coefficient = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    energy, gradient = reference_bank.class_attraction(z, mean, var, index, coefficient)
+    (expected,) = torch.autograd.grad(energy.sum(), z)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_energy_is_eight_bhattacharyya_distances_halved() -> None:
+    z, mean = torch.randn(1, 5).double(), torch.randn(1, 5).double()
+    var = torch.rand(5).double() + 0.1
+    distance = ((z - mean) ** 2 / (8 * var)).sum()
+    one = torch.ones(1, 1).double()
+    energy, _ = reference_bank.class_attraction(z, mean, var, torch.zeros(1, 1).long(), one)
+    torch.testing.assert_close(energy[0], 4 * distance)
+
+
+def test_confusions_are_the_most_probable_other_seen_classes() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 3.0, 1.0], [0.0, 9.0, 2.0, 2.0, 1.0]])
+    seen = torch.tensor([True, True, False, True, True])
+    index, weight, own = reference_bank.top_confusions(logits, torch.tensor([0, 1]), seen, 2)
+    assert index.tolist() == [[1, 3], [3, 4]]
+    torch.testing.assert_close(weight, logits.softmax(1).gather(1, index))
+    torch.testing.assert_close(own, logits.softmax(1)[[0, 1], [0, 1]])
+
+
+def test_ties_go_to_the_smaller_class_and_missing_candidates_are_marked() -> None:
+    logits = torch.zeros(2, 4)
+    seen = torch.tensor([True, False, True, True])
+    index, weight, _ = reference_bank.top_confusions(logits, torch.tensor([2, 0]), seen, 3)
+    assert index.tolist() == [[0, 3, -1], [2, 3, -1]]
+    assert weight.tolist() == [[0.25, 0.25, 0.0]] * 2
+
+
+def test_added_gradient_has_the_promised_length(network: Network) -> None:
+    cwbr = warmed_up(network, ratio=0.8)
+    plain = feature_gradients(network, None)
+    balanced = feature_gradients(network, cwbr)
+    images, targets = batch()
+    own = network(images)[0].softmax(1).gather(1, targets[:, None]).mean()
+    # The last layer: nothing behind it was changed, so its incoming gradient is the plain one.
+    added = balanced["body"] - plain["body"]
+    torch.testing.assert_close(added.norm(), 0.8 * own * plain["body"].norm())
+    health = cwbr.health()
+    torch.testing.assert_close(health["body"]["ce_norm"], plain["body"].norm().item())
+    torch.testing.assert_close(health["body"]["reg_norm"], added.norm().item())
+    cosine = torch.cosine_similarity(added.flatten(), plain["body"].flatten(), dim=0)
+    torch.testing.assert_close(health["body"]["cosine"], cosine.item(), rtol=1e-4, atol=1e-6)
+
+
+def test_added_gradient_points_along_the_energy(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    with torch.no_grad():
+        logits, features = network(images)
+    bank = copy.deepcopy(cwbr.banks["body"])
+    plain = feature_gradients(network, None)["body"]
+    added = feature_gradients(network, cwbr)["body"] - plain
+    assert isinstance(bank, ClassBank)
+    index, weight, _ = reference_bank.top_confusions(logits, targets, bank.count > 0, 5)
+    pull = features["body"] - bank.mean[targets]
+    push = (weight[:, :, None] * (features["body"][:, None] - bank.mean[index])).sum(1)
+    energy_gradient = (pull - push) / cwbr.banks["body"].metric()
+    direction = energy_gradient / energy_gradient.norm()
+    torch.testing.assert_close(added / added.norm(), direction, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scaled_loss_scales_everything(network: Network) -> None:
+    cwbr = warmed_up(network)
+    once = feature_gradients(network, copy.deepcopy(cwbr))
+    scaled = feature_gradients(network, cwbr, scale=1024)
+    for name in once:
+        torch.testing.assert_close(scaled[name], 1024 * once[name])
+
+
+def test_batches_of_one_sample_per_class_serve(network: Network) -> None:
+    cwbr = CWBR(CLASSES)
+    targets = torch.arange(CLASSES)
+    for seed in range(3):
+        images, _ = batch(seed, CLASSES)
+        logits, features = network(images)
+        cwbr(features, logits, targets)
+        cross_entropy(logits, targets).backward()
+    assert cwbr.health()["conv"]["reg_norm"] > 0
+
+
+def test_bank_averages_first_and_then_follows() -> None:
+    bank = ClassBank(3, 1, momentum=0.75)
+    for value in (1.0, 2.0, 3.0, 4.0, 8.0):
+        moments = torch.tensor([[value]]), torch.zeros(1, 1)
+        bank.follow(bank.observe(torch.tensor([1]), torch.tensor([1]), *moments))
+    average = (1 + 2 + 3 + 4) / 4
+    torch.testing.assert_close(bank.mean[1, 0].item(), average + 0.25 * (8 - average))
+    assert bank.mean[[0, 2]].eq(0).all()
+    assert bank.count.tolist() == [0, 5, 0]
+
+
+def test_bank_variance_approaches_that_within_the_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = ClassBank(2, 3, momentum=0.9)
+    sigma, centres = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[-50.0], [50.0]])
+    for _ in range(400):
+        samples = centres + sigma * torch.randn(2, 3, generator=generator)
+        moments = samples, torch.zeros(2, 3)
+        bank.follow(bank.observe(torch.arange(2), torch.ones(2), *moments))
+    # About a mean that moves by a tenth: larger by 1 + 0.1 / 1.9.
+    torch.testing.assert_close(bank.var / sigma**2, torch.full((3,), 1.05), rtol=0.35, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_never_reach_the_bank(network: Network, bad: float) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    images[3] = bad
+    logits, features = network(images)
+    cwbr(features, logits, targets)
+    for buffer in cwbr.buffers():
+        assert buffer.isfinite().all()
+    logits, features = network(batch()[0])
+    assert cwbr(features, logits, targets).isfinite()
+
+
+def test_measuring_changes_nothing(network: Network) -> None:
+    cwbr = warmed_up(network)
+    before = copy.deepcopy(cwbr.state_dict())
+    images, targets = batch()
+    logits, features = network(images)
+    cwbr.eval()(features, logits, targets)
+    with torch.no_grad():
+        cwbr.train()(features, logits, targets)
+    for name, value in cwbr.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_state_goes_into_a_fresh_module_and_on(network: Network) -> None:
+    cwbr = warmed_up(network)
+    fresh = CWBR(CLASSES)
+    fresh.load_state_dict(cwbr.state_dict())
+    ours, theirs = feature_gradients(network, cwbr), feature_gradients(network, fresh)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+    assert set(cwbr.state_dict()) == set(fresh.state_dict())
+    assert "banks.conv.mean" in cwbr.state_dict()
+
+
+def test_dotted_layer_names_are_keys_of_the_state() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, CLASSES))
+    cwbr = CWBR(CLASSES)
+    with FeatureCatcher(model, ["0.1"]) as catcher:
+        logits = model(torch.randn(8, 3))
+        cwbr(catcher.feats, logits, torch.arange(8) % CLASSES)
+    assert "banks.0/1.mean" in cwbr.state_dict()
+
+
+def test_a_feature_beside_the_path_of_the_loss_is_reported_once(network: Network) -> None:
+    cwbr = CWBR(CLASSES)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            images, targets = batch()
+            logits, features = network(images)
+            cwbr({"copy": to_vec(features["conv"]) * 1}, logits, targets)
+            cross_entropy(logits, targets).backward()
+    assert ["no effect on copy" in str(w.message) for w in caught] == [True]
+
+
+def test_features_without_gradient_are_left_alone(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    with torch.no_grad():
+        _, features = network(images)
+    logits = network.head(features["body"])
+    cwbr(features, logits, targets)
+    cross_entropy(logits, targets).backward()
+
+
+def test_half_precision_features_keep_their_dtype(network: Network) -> None:
+    cwbr = CWBR(CLASSES)
+    for seed in range(3):
+        images, targets = batch(seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, features = network(images)
+        assert features["body"].dtype == torch.bfloat16
+        features["body"].retain_grad()
+        cwbr(features, logits, targets)
+        cross_entropy(logits.float(), targets).backward()
+    gradient = features["body"].grad
+    assert gradient is not None
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": 3, "ratio": -1}, "ratio"),
+        ({"num_classes": 3, "ratio": float("nan")}, "ratio"),
+        ({"num_classes": 3, "push": 1.5}, "push"),
+        ({"num_classes": 3, "momentum": 2}, "momentum"),
+        ({"num_classes": 3, "confusions": 0}, "confusions"),
+        ({"num_classes": 3, "backend": "gpu"}, "backend"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        CWBR(**options)  # type: ignore[arg-type]
+
+
+def test_bad_batches_are_named(network: Network) -> None:
+    images, targets = batch()
+    logits, features = network(images)
+    with pytest.raises(ValueError, match=r"logits.*num_classes = 7"):
+        CWBR(7)(features, logits, targets)
+    with pytest.raises(ValueError, match="pool"):
+        CWBR(CLASSES, pool=lambda x: x)(features, logits, targets)
+    cwbr = CWBR(CLASSES)
+    cwbr(features["body"], logits, targets)
+    with pytest.raises(ValueError, match=r"features.*D = 8"):
+        cwbr(features["conv"], logits, targets)
+
+
+class Plain(nn.Module):
+    """`Network` without the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        feature_map = self.network.conv(x)
+        return self.network.head(self.network.body(feature_map.mean((2, 3)).relu()).relu())
+
+
+def parameter_gradients(mode: str) -> list[Tensor]:
+    """After four training steps with tensor hooks, with taps, or with taps in a compiled model."""
+    torch.manual_seed(0)
+    model = Plain()
+    cwbr = CWBR(CLASSES)
+    names = ["network.conv", "network.body"]
+    catcher = FeatureCatcher(model, names) if mode == "hooks" else cwbr.catch(model, names)
+    called = torch.compile(model, fullgraph=True) if mode == "compiled" else model
+    for seed in range(4):
+        images, targets = batch(seed)
+        logits = called(images)
+        cwbr(catcher.feats, logits, targets)
+        model.zero_grad()
+        cross_entropy(logits, targets).backward()
+    assert min(h["reg_norm"] for h in cwbr.health().values()) > 0
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("mode", ["taps", "compiled"])
+def test_taps_do_what_tensor_hooks_do(mode: str) -> None:
+    for ours, theirs in zip(parameter_gradients(mode), parameter_gradients("hooks"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_tap_adds_once_and_not_without_the_regularizer() -> None:
+    torch.manual_seed(0)
+    model, cwbr = Plain(), CWBR(CLASSES)
+    catcher = cwbr.catch(model, ["network.conv"])
+    images, targets = batch()
+    gradients = []
+    for regularized in (True, True, True, False):
+        logits = model(images)
+        if regularized:
+            cwbr(catcher.feats, logits, targets)
+        model.zero_grad()
+        cross_entropy(logits, targets).backward()
+        gradients.append(model.network.conv.weight.grad)
+    (plain,) = torch.autograd.grad(cross_entropy(model(images), targets), model.network.conv.weight)
+    torch.testing.assert_close(gradients[-1], plain)
+    assert not torch.allclose(gradients[-2], plain, rtol=1e-3)
+
+
+def test_copies_of_the_module_have_taps_of_their_own() -> None:
+    model, cwbr = Plain(), CWBR(CLASSES)
+    cwbr.catch(model, ["network.conv"])
+    copied = copy.deepcopy(cwbr)
+    assert copied._taps["network.conv"] is not cwbr._taps["network.conv"]
+
+
+def test_one_hot_soft_targets_are_class_indices() -> None:
+    results = []
+    for soft in (False, True):
+        torch.manual_seed(0)
+        network, cwbr = Network(), CWBR(CLASSES)
+        for seed in range(4):
+            images, targets = batch(seed)
+            logits, features = network(images)
+            features["body"].retain_grad()
+            given = nn.functional.one_hot(targets, CLASSES).float() if soft else targets
+            energy = cwbr(features, logits, given)
+            cross_entropy(logits, targets).backward()
+        results.append((energy, features["body"].grad, cwbr.banks["conv"].mean))
+    for hard, soft_result in zip(*results, strict=True):
+        torch.testing.assert_close(soft_result, hard, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixed_sample_is_pulled_to_both_of_its_classes(network: Network) -> None:
+    cwbr = warmed_up(network, push=0)
+    images, _ = batch()
+    logits, features = network(images)
+    share = torch.tensor([0.7, 0.3])
+    mixed = torch.zeros(len(images), CLASSES)
+    mixed[:, 1:3] = share
+    body = features["body"]
+    (incoming,) = torch.autograd.grad(cross_entropy(logits, mixed), body, retain_graph=True)
+    bank = copy.deepcopy(cwbr.banks["body"])
+    assert isinstance(bank, ClassBank)
+    body.retain_grad()
+    cwbr(features, logits, mixed)
+    cross_entropy(logits, mixed).backward()
+    assert body.grad is not None
+    added = body.grad - incoming
+    direction = (body.detach() - share @ bank.mean[1:3]) / cwbr.banks["body"].metric()
+    torch.testing.assert_close(
+        added / added.norm(), direction / direction.norm(), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_bad_soft_targets_are_named(network: Network) -> None:
+    images, _ = batch()
+    logits, features = network(images)
+    with pytest.raises(ValueError, match="targets"):
+        CWBR(CLASSES)(features, logits, torch.full((len(images), CLASSES), -1.0))
+
+
+def test_grad_scaler_skips_a_broken_batch_and_goes_on(network: Network) -> None:
+    cwbr = warmed_up(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    moved = []
+    for broken in (False, True, False):
+        images, targets = batch(7)
+        if broken:
+            images[0] = float("inf")
+        before = torch.cat([p.detach().flatten() for p in network.parameters()])
+        with torch.autocast("cpu", torch.float16):
+            logits, features = network(images)
+            ce = cross_entropy(logits, targets)
+        cwbr(features, logits, targets)
+        optimizer.zero_grad()
+        scaler.scale(ce).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = torch.cat([p.detach().flatten() for p in network.parameters()])
+        assert after.isfinite().all()
+        moved.append(not torch.equal(before, after))
+    assert moved == [True, False, True]
+    assert all(buffer.isfinite().all() for buffer in cwbr.buffers())
+
+
+def test_gradients_of_micro_batches_accumulate(network: Network) -> None:
+    cwbr = warmed_up(network)
+    twin = copy.deepcopy(cwbr)
+    separate = []
+    for seed in (8, 9):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        cwbr(features, logits, targets)
+        network.zero_grad()
+        (cross_entropy(logits, targets) / 2).backward()
+        separate.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    network.zero_grad()
+    for seed in (8, 9):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        twin(features, logits, targets)
+        (cross_entropy(logits, targets) / 2).backward()
+    for parameter, first, second in zip(network.parameters(), *separate, strict=True):
+        torch.testing.assert_close(parameter.grad, first + second)
+
+
+def test_copies_and_pickles_go_on_like_the_original(network: Network) -> None:
+    cwbr = warmed_up(network)
+    expected = feature_gradients(network, copy.deepcopy(cwbr))
+    for twin in (copy.deepcopy(cwbr), pickle.loads(pickle.dumps(cwbr))):
+        for name, gradient in feature_gradients(network, twin).items():
+            assert torch.equal(gradient, expected[name])
+
+
+def test_it_leaves_its_arguments_and_no_memory_behind(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    logits, features = network(images)
+    before = [t.detach().clone() for t in (*features.values(), logits, targets)]
+    watched = weakref.ref(features["conv"])
+    cwbr(features, logits, targets)
+    for tensor, copied in zip((*features.values(), logits, targets), before, strict=True):
+        assert torch.equal(tensor, copied)
+    cross_entropy(logits, targets).backward()
+    del features, logits, tensor
+    assert watched() is None
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_tiny_batches_are_no_error(network: Network, size: int) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch(0, 12)
+    logits, features = network(images[:size])
+    cwbr(features, logits, targets[:size])
+    logits.sum().backward()
+    assert all(buffer.isfinite().all() for buffer in cwbr.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_targets_of_other_integer_dtypes(network: Network, dtype: torch.dtype) -> None:
+    expected = feature_gradients(network, warmed_up(network))
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    logits, features = network(images)
+    features["body"].retain_grad()
+    cwbr(features, logits, targets.to(dtype))
+    cross_entropy(logits, targets).backward()
+    assert features["body"].grad is not None
+    torch.testing.assert_close(features["body"].grad, expected["body"])
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest storage that comes into being, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.data_ptr() not in {
+                t.data_ptr() for t in args if isinstance(t, Tensor)
+            }:
+                storage = value.untyped_storage().nbytes() // value.element_size()
+                self.largest = max(self.largest, storage)
+        return result
+
+
+def test_a_step_allocates_no_class_by_class_matrix() -> None:
+    classes, size, dims = 3000, 16, 8
+    cwbr = CWBR(classes)
+    z, weight = torch.randn(size, dims), torch.randn(dims, classes)
+    for _ in range(3):
+        feature = z.clone().requires_grad_()
+        logits, targets = feature @ weight, torch.randint(classes, (size,))
+        ce = cross_entropy(logits, targets)
+        with Allocations() as seen:
+            cwbr(feature, logits, targets)
+        with seen:
+            ce.backward()
+    assert cwbr.health()["features"]["reg_norm"] >= 0
+    assert seen.largest <= size * classes
