@@ -187,6 +187,12 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
     yield "class_moments"
     kernels.class_moments_backward(*moments, z, *moments, order, offsets, EPS)
     yield "class_moments_backward"
+    seen = torch.zeros(n_classes, dtype=torch.bool)
+    index, weight, _ = kernels.top_confusions(logits, targets, seen, 5)
+    yield "top_confusions"
+    bank, var = floats(n_classes, dims), floats(dims)
+    kernels.class_attraction(z, bank, var, index, weight)
+    yield "class_attraction"
     chosen, weights = integers(pairs, 2), floats(pairs)
     kernels.pair_distance(*moments, chosen, EPS)
     yield "pair_distance"

@@ -71,7 +71,7 @@ class ClassBank(nn.Module):
         Returns:
             The moves of the means that are due.
         """
-        finite = (mean.isfinite() & var.isfinite()).all(1)
+        finite = var.sum(1).isfinite()  # nor is it where the mean is not
         size = torch.where((classes >= 0) & (size > 0) & finite, size, 0).to(self.count.dtype)
         rows = classes.clamp(min=0)
         before = self.count[rows]

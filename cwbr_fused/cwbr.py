@@ -36,6 +36,7 @@ from cwbr_fused import backends, soft_targets, validation
 from cwbr_fused.balance import Balance, Tap
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.features import FeatureCatcher, Spread, find_layer, spread, to_vec
+from cwbr_fused.health import CWBRWarning
 from cwbr_fused.ops import OPERATIONS
 from cwbr_fused.reference import accumulation_dtype
 
@@ -335,13 +336,11 @@ class CWBR(nn.Module):
         self, name: str, layer: Tensor, pooled: Pooled, pull: Tensor, ratio: Tensor
     ) -> None:
         """Puts the gradient where the backward pass will come by."""
-        if not layer.requires_grad:
-            return
         balance = Balance(self._spread(pooled, pull), ratio, self._processes())
         self._balances[name] = balance
         if name in self._taps:
             self._taps[name].balance = balance
-        else:
+        elif layer.requires_grad:
             layer.register_hook(balance)
 
     def _warn_of_misses(self) -> None:
@@ -354,7 +353,8 @@ class CWBR(nn.Module):
                     "with (FeatureCatcher does), not a copy or a pooled view of it, and call CWBR "
                     "before backward(). If the model is compiled, catch its features by "
                     "CWBR.catch().",
-                    stacklevel=3,
+                    CWBRWarning,
+                    stacklevel=5,  # the caller of the module
                 )
 
 

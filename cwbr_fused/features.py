@@ -333,6 +333,7 @@ def _first_tensor(output: object, name: str) -> Tensor:
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name; an error names those with similar names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(name, str):

@@ -11,6 +11,7 @@ import torch
 from kernel_inputs import DTYPES, assert_near, classes, rand, randn
 from test_batch_kernels import Kernels, assert_equal
 from torch import Tensor
+from triton_inputs import DEVICE, TRITON
 
 from cwbr_fused import extension, reference_bank
 from cwbr_fused.reference import accumulation_dtype
@@ -23,8 +24,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def kernels() -> Kernels:
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "triton":
+        return Kernels(TRITON, DEVICE)
     if (reason := extension.missing("cpu")) is not None:
         pytest.skip(reason)
     return Kernels(torch.ops.cwbr_fused, "cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulation.checks import assert_close, check, doubles, some_moments, some_pairs
 from emulation.harness import Emulator
-from kernel_inputs import ACCUMULATION_DTYPES, EPS, randn
+from kernel_inputs import ACCUMULATION_DTYPES, EPS, rand, randn
 from pair_inputs import KINDS, moments
 from torch import Tensor
 
@@ -78,6 +78,36 @@ def test_gradients_of_all_pairs_err_no_more_than_float32_eager(gpu: Emulator, ki
     for one, plain, true in zip(ours, eager, truth, strict=True):
         error, allowed = relative_errors(one, plain, true, true.abs().amax(1, keepdim=True))
         assert error <= max(2 * allowed, 2**-20)
+
+
+@pytest.mark.parametrize("large", [1.0, 1e30])
+def test_rows_of_large_variance_keep_their_gradient_beside_rows_at_the_clamp(
+    gpu: Emulator, large: float
+) -> None:
+    """Each entry errs by roundings of its own terms, not of those of smaller variances."""
+    mean, var = randn(20, 90), (randn(20, 90, seed=1) / 2).exp() * large
+    var = torch.where(randn(20, 90, seed=2) > 0, 1e-6, var)
+    mean, grad = mean * var.sqrt(), randn(20, 20, seed=3)
+    truth = reference_backward.all_pair_distance_backward(*doubles((grad, mean, var)), EPS)[1]
+    ours = gpu.all_pair_distance_backward(grad, mean, var, EPS)[1]
+    u, m = var.double() + EPS, mean.double()
+    t = (m[:, None] - m[None]) / (u[:, None] + u[None])
+    weight = (grad + grad.T).double().abs()[:, :, None]
+    terms = (weight * (1 / u[:, None] + t.square())).sum(1) / 4
+    assert ((ours.double() - truth).abs() / terms).max() <= 2**-20
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_variances_from_the_clamp_to_1e30_in_one_row_err_no_more_than_elsewhere(
+    gpu: Emulator, rows: int
+) -> None:
+    var = 10 ** (36 * rand(rows, 173, seed=1) - 6)
+    mean = randn(rows, 173, seed=2) * var.sqrt()
+    truth = reference.all_pair_distance(mean.double(), var.double(), EPS)
+    distance = gpu.all_pair_distance(mean, var, EPS)
+    torch.testing.assert_close(distance.double(), truth, rtol=2e-6, atol=0)
+    grad = randn(rows, rows, seed=3)
+    check(gpu, "all_pair_distance_backward", grad, mean, var, EPS)
 
 
 def test_equal_rows_are_exactly_at_distance_zero(gpu: Emulator) -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwbr_fused import CWBR, FeatureCatcher, reference_bank, to_vec
 from cwbr_fused.bank import ClassBank
+from cwbr_fused.health import CWBRWarning
 
 CLASSES = 6
 
@@ -228,16 +229,23 @@ def test_dotted_layer_names_are_keys_of_the_state() -> None:
     assert "banks.0/1.mean" in cwbr.state_dict()
 
 
-def test_a_feature_beside_the_path_of_the_loss_is_reported_once(network: Network) -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_feature_beside_the_path_of_the_loss_is_reported_once(
+    network: Network, detached: bool
+) -> None:
     cwbr = CWBR(CLASSES)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(8):
             images, targets = batch()
             logits, features = network(images)
-            cwbr({"copy": to_vec(features["conv"]) * 1}, logits, targets)
+            beside = features["conv"].detach() if detached else to_vec(features["conv"]) * 1
+            cwbr({"copy": beside}, logits, targets)
             cross_entropy(logits, targets).backward()
-    assert ["no effect on copy" in str(w.message) for w in caught] == [True]
+    (warning,) = caught
+    assert "no effect on copy" in str(warning.message)
+    assert warning.category is CWBRWarning
+    assert warning.filename == __file__
 
 
 def test_features_without_gradient_are_left_alone(network: Network) -> None:

@@ -73,6 +73,17 @@ def mean_probs(classes: int) -> Options:
     return {"ROWS": max(4, min(64, 4096 // block)), "BLOCK_C": block, "num_warps": 4}
 
 
+def top_confusions(classes: int) -> Options:
+    """A row has one program: blocks wide enough to keep a multiprocessor's loads in flight."""
+    block = min(4096, max(32, triton.next_power_of_2(classes)))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def class_attraction(dims: int, mean: Tensor) -> Options:
+    """By the means, of which several rows are read for each sample."""
+    return block_of_dims(dims, mean.element_size(), most_warps=4)
+
+
 def all_pairs(groups: int) -> tuple[Options, ...]:
     """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few."""
     narrow = {"ROWS": 16, "COLUMNS": 32, "num_warps": 1}

@@ -59,6 +59,7 @@ struct TileInput {
   RowStage<A>* packed;    // (stages, padded_rows)
   int* wide;              // (stages,): products might leave the range
   int* exponent;          // (stages * kStage,): variances were divided by 2^exponent
+  int* most;              // (stages * kStage,): exponent of the largest variance, so divided
   __device__ const Moment<A>* moment(int row, int64_t dim) const {
     return &packed[dim / kStage * padded_rows + row].moments[dim % kStage];
   }
@@ -107,13 +108,13 @@ __device__ void add_stage(const RowStage<A>* rows, const RowStage<A>* columns,
           const A apart_1 = row[a].second.mean - column[b].second.mean;
           const A s_0 = row[a].first.u + column[b].first.u;
           const A s_1 = row[a].second.u + column[b].second.u;
-          const A q_0 = apart_0 * apart_0, q_1 = apart_1 * apart_1;
           if constexpr (WIDE) {
-            sum[a][b] = fused_multiply_add(q_0, reciprocal(s_0), sum[a][b]);
-            sum[a][b] = fused_multiply_add(q_1, reciprocal(s_1), sum[a][b]);
+            sum[a][b] = fused_multiply_add(apart_0 * reciprocal(s_0), apart_0, sum[a][b]);
+            sum[a][b] = fused_multiply_add(apart_1 * reciprocal(s_1), apart_1, sum[a][b]);
             sum[a][b] = fused_multiply_add(fast_log2(s_0), A(kTwoLog2), sum[a][b]);
             sum[a][b] = fused_multiply_add(fast_log2(s_1), A(kTwoLog2), sum[a][b]);
           } else {
+            const A q_0 = apart_0 * apart_0, q_1 = apart_1 * apart_1;
             const A both_n = fused_multiply_add(q_1, s_0, q_0 * s_1), both_d = s_0 * s_1;
             n[a][b] = two == 0 ? both_n : fused_multiply_add(n[a][b], both_d, both_n * d[a][b]);
             d[a][b] = two == 0 ? both_d : d[a][b] * both_d;
@@ -180,8 +181,11 @@ __device__ bool scale_stage(const A* mean, const A* var, const TileInput<A>& in,
     if (used) exponent = static_cast<int>((total + kOffset * in.rows) / in.rows - kOffset + 2) & ~1;
     const int limit = kMaxExponent<A>;
     exponent = exponent < -limit ? -limit : exponent > limit ? limit : exponent;
+    // Whatever the mean exponent, the largest variance stays in the number format.
+    if (used && most - exponent > limit) exponent = (most - limit + 1) & ~1;
     shared.exponent[d] = exponent;
     in.exponent[dim] = exponent;
+    in.most[dim] = used ? most - exponent : 0;
     // Bounds on the exponents of S above and below, and of the largest (m_i - m_j)^2.
     shared.up[d] = used && most - exponent + 2 > 0 ? most - exponent + 2 : 0;
     shared.down[d] = used && exponent - least - 1 > 0 ? exponent - least - 1 : 0;

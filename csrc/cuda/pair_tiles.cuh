@@ -156,6 +156,7 @@ TileJob<A> pack_tiles(Launcher& launch, const A* mean, const A* var, int64_t row
   in.packed = launch.template scratch<RowStage<A>>(int64_t{in.stages} * in.padded_rows);
   in.wide = launch.template scratch<int>(in.stages);
   in.exponent = launch.template scratch<int>(int64_t{in.stages} * kStage);
+  in.most = launch.template scratch<int>(int64_t{in.stages} * kStage);
 
   const int wanted = ceil_div(2 * launch.processors(), job.tiles);
   const int most = in.stages < 4 ? 1 : in.stages / 4;

@@ -2,10 +2,10 @@
 //
 // A thread owns one dimension and keeps a few rows of a tile in registers while it walks the
 // columns, so no sum crosses threads. With r = 1/S and t = (m_i - m_j) r every pair adds G t to row
-// i, -G t to row j, and G (2 r - 2 - t^2) to both; then dL/dm_i = sum(G t)/2 and, because
-// (u_i - u_j)/(S u_i) = 2 r - 1/u_i, dL/du_i = (sum(G (2 r - 2 - t^2)) + sum(G) (2 - 1/u_i))/4.
-// The 2 keeps both sums small: the packing puts u near 1/2. Each tile writes its part of the sums;
-// a last kernel adds the parts in order.
+// i, -G t to row j, and G (2 r - c - t^2) to both; then dL/dm_i = sum(G t)/2 and, because
+// (u_i - u_j)/(S u_i) = 2 r - 1/u_i, dL/du_i = (sum(G (2 r - c - t^2)) + sum(G) (c - 1/u_i))/4.
+// c, the dimension's 1/max(u) up to a factor of two, keeps both sums as small as 1/u_i is for any
+// row. Each tile writes its part of the sums; a last kernel adds the parts in order.
 #pragma once
 
 #include "pair_tiles.cuh"
@@ -22,6 +22,11 @@ struct Parts {
   A* weights;       // (tiles across, padded_rows): sums of G
   int64_t first, width;
 };
+
+template <class A>
+__device__ A reference_of(const TileInput<A>& in, int64_t dim) {
+  return power_of_two<A>(-in.most[dim]);
+}
 
 template <class A, int COUNT>
 struct alignas(16) Adjacent {
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const RowStage<A>* rows = in.packed + dim / kStage * in.padded_rows + place.first[0];
   const RowStage<A>* columns = rows + (place.first[1] - place.first[0]);
   const int d = dim % kStage;
+  const A reference = reference_of(in, dim);
   const int64_t partner_of_rows = place.first[1] / kRows,
                 partner_of_columns = place.first[0] / kRows;
   Moment<A>* row_sums =
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       for (int k = 0; k < R; ++k) {
         const A apart = row[k].mean - column.mean, r = reciprocal(row[k].u + column.u);
         const A t = apart * r;
-        const A by_u = fused_multiply_add(-t, t, fused_multiply_add(A{2}, r, A{-2}));
+        const A by_u = fused_multiply_add(-t, t, fused_multiply_add(A{2}, r, -reference));
         row_sum[k].mean = fused_multiply_add(g[k], t, row_sum[k].mean);
         row_sum[k].u = fused_multiply_add(g[k], by_u, row_sum[k].u);
         column_sum.mean = fused_multiply_add(-g[k], t, column_sum.mean);
@@ -144,9 +150,11 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   const A u = in.moment(row, dim)->u;
   const int exponent = in.exponent[dim];
+  // c - 1/u without rounding before the division
+  const A excess = fused_multiply_add(reference_of(in, dim), u, A{-1}) / u;
   grad_mean[row * in.dims + dim] = sum.mean / 2 * power_of_two<A>(-exponent / 2);
   grad_var[row * in.dims + dim] =
-      (sum.u + weight * (2 * u - 1) / u) / 4 * power_of_two<A>(-exponent);
+      fused_multiply_add(weight, excess, sum.u) / 4 * power_of_two<A>(-exponent);
 }
 
 template <class A, class Weight, class Launcher>

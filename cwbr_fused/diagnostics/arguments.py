@@ -29,6 +29,7 @@ def finite_list(values: Tensor) -> list[float | None]:
 
 
 def checked_names(class_names: Sequence[str] | None, classes: int) -> Sequence[str]:
+    """One name for each of C classes; their numbers where none are given."""
     if class_names is None:
         return [str(k) for k in range(classes)]
     check_names(class_names)
@@ -61,6 +62,7 @@ def check_step(name: str, step: object, required: bool = False) -> None:
 
 
 def checked_pairs(pairs: Tensor, logits: Tensor) -> Tensor:
+    """(M, 2) int64 pairs of different classes, on the device of the logits."""
     check_pairs(pairs)
     columns = logits.shape[1]
     validation.check_range("pairs", pairs, 0, columns, "as logits has C = {high} columns")
@@ -129,6 +131,7 @@ def checked_history(report: object) -> list[Report]:
 
 
 def check_report(name: str, report: object) -> None:
+    """A dictionary with the keys of a report."""
     if not isinstance(report, Mapping):
         raise TypeError(f"{name}: expected a dictionary, got {type(report).__name__}")
     missing = KEYS - set(report)

@@ -12,10 +12,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 def percent(value: float | None) -> str:
+    """A share as text; "-" for none."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
+    """Three digits, or a whole number of thousands; "-" for none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
