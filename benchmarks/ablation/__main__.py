@@ -33,7 +33,11 @@ PLAN: tuple[tuple[str, tuple[str, ...], range], ...] = (
     ("resnet, 15 images", ("ce pk",), range(3)),
     ("vit, 50 images", MAIN, range(3)),
     ("resnet, 50 images", ("ce pk", "ce again"), range(3)),
-    ("resnet, 5 images", ("random push", "ce pk", "repaired", "pair bank", "fixed ratio"), range(5)),
+    (
+        "resnet, 5 images",
+        ("random push", "ce pk", "repaired", "pair bank", "fixed ratio"),
+        range(5),
+    ),
     ("resnet, 15 images", ("random push", "ce again", "ce pk", "published"), range(5)),
     ("fine-tuning, 5 images", (*MAIN, "random push"), range(5)),
     ("vit, 50 images", MAIN, range(5)),
