@@ -1,8 +1,9 @@
 """Builds the compiled extension `cwbr_fused/_C`; everything else is in pyproject.toml.
 
 The environment variable CWBR_BUILD says what to compile:
-    auto  (default) the CPU kernels, and the CUDA kernels where nvcc and a CUDA build of torch are;
-          what cannot be built is left out with a warning, and the package works without it
+    auto  (default) the CPU kernels, and the CUDA kernels where nvcc and a CUDA build of torch are
+          that fit each other; what cannot be built is left out with a warning, and the package
+          works without it
     cpu   the CPU kernels
     cuda  the CPU and the CUDA kernels; needs the CUDA toolkit, but no GPU and any build of torch
     none  nothing
@@ -47,9 +48,30 @@ def cuda_toolkit() -> str | None:
         if not glob("csrc/cuda/*.cu"):
             sys.exit("CWBR_BUILD=cuda: there is no csrc/cuda/*.cu to compile")
         return cuda_home
+    if MODE != "auto" or cuda_home is None:
+        return None
     import torch
 
-    return cuda_home if MODE == "auto" and torch.version.cuda is not None else None
+    if torch.version.cuda is None:
+        return None
+    refusal = cuda_refusal(cuda_home)
+    if refusal is not None:
+        print(f"WARNING: cwbr_fused is installed without CUDA kernels: {refusal}", file=sys.stderr)
+        return None
+    return cuda_home
+
+
+def cuda_refusal(cuda_home: str) -> str | None:
+    """Why a CUDA build of torch cannot have kernels of this toolkit; None where it can."""
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        return f"they need torch 2.13, and this is {torch.__version__}"
+    nvcc = [os.path.join(cuda_home, "bin", "nvcc"), "--version"]
+    release = re.search(r"release (\d+)\.", subprocess.check_output(nvcc, text=True))
+    if release is None or release[1] != str(torch.version.cuda).split(".")[0]:
+        return f"torch was built with CUDA {torch.version.cuda}, unlike {cuda_home}"
+    return None
 
 
 def extension() -> tuple[Extension, type[Command]]:

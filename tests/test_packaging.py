@@ -143,6 +143,21 @@ def test_cuda_without_a_toolkit_fails_and_says_what_is_missing(source: Path) -> 
     assert "CWBR_BUILD=cuda: no CUDA toolkit; set CUDA_HOME or put nvcc on PATH" in log
 
 
+def test_auto_leaves_out_only_the_cuda_kernels_where_torch_has_another_cuda(
+    source: Path, tmp_path: Path
+) -> None:
+    """A toolkit of CUDA 99 beside a torch that says it was built with 98.1."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.0, V99.0.1\n")
+    nvcc.chmod(0o755)
+    script = "import torch, setup; torch.version.cuda = '98.1'; print(setup.cuda_toolkit())"
+    command = [sys.executable, "-c", f"import sys; sys.argv.append('--version'); {script}"]
+    log = run(command, source, CWBR_BUILD="auto", CUDA_HOME=str(tmp_path / "cuda"))
+    assert "without CUDA kernels: torch was built with CUDA 98.1, unlike" in log
+    assert log.splitlines()[-1] == "None"
+
+
 def test_an_unknown_mode_fails_and_names_the_modes(source: Path) -> None:
     command = [sys.executable, "setup.py", "--version"]
     log = run(command, source, fails=True, CWBR_BUILD="gpu")
