@@ -118,7 +118,7 @@ EXTREMES = {
 }
 
 
-# eps sets the scale: the kernels' range is about sixteen decades from eps upwards.
+# eps sets the scale at which groups of dimensions share a denominator.
 @pytest.mark.parametrize(("eps", "unit"), [(1e-6, 1.0), (1e-12, 1e-4), (1e-3, 1e3)])
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_extreme_variances_neither_overflow_nor_lose_precision(
@@ -139,6 +139,43 @@ def test_extreme_variances_neither_overflow_nor_lose_precision(
     )
     for result, wanted in zip(actual, expected, strict=True):
         assert_near(result, wanted, scale=3)
+
+
+@pytest.mark.parametrize("dtype", ACCUMULATION_DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [6, 40])
+def test_variances_from_the_clamp_to_1e30_in_one_row_err_no_more_than_elsewhere(
+    groups: int, dtype: torch.dtype
+) -> None:
+    """Beside tiles of ordinary rows, too. Each entry of the gradient errs by its own terms."""
+    var = 10.0 ** (36 * rand(groups, 20, seed=7, dtype=torch.float64) - 6)
+    var[6:] = torch.exp(randn(groups - 6, 20, seed=8))
+    mean, var = (randn(groups, 20, seed=9) * var.sqrt()).to(dtype), var.to(dtype)
+    i, j = torch.triu_indices(6, 6, offset=1, device=DEVICE)
+    pairs = torch.stack([i, j], 1)
+    truth = reference.all_pair_distance(mean.double(), var.double(), EPS)
+    all_pairs = TRITON.all_pair_distance(mean, var, EPS)
+    above = torch.ones_like(truth).triu(1).bool()
+    for distance, true in (
+        (all_pairs[above], truth[above]),
+        (TRITON.pair_distance(mean, var, pairs, EPS), truth[i, j]),
+    ):
+        assert_near((distance / true).to(dtype), torch.ones_like(true))
+
+    grad = torch.zeros(groups, groups, dtype=dtype, device=DEVICE)
+    grad[i, j] = 1
+    expected = reference_backward.all_pair_distance_backward(
+        grad.double(), mean.double(), var.double(), EPS
+    )
+    u, m = var[:6].double() + EPS, mean[:6].double()
+    t = (m[:, None] - m[None]) / (u[:, None] + u[None])
+    terms = t.abs().sum(1) / 2, (1 / u[:, None] + t.square()).sum(1) / 4
+    for gradients in (
+        TRITON.all_pair_distance_backward(grad, mean, var, EPS),
+        TRITON.pair_distance_backward(grad[i, j], mean, var, pairs, EPS),
+    ):
+        for actual, wanted, size in zip(gradients, expected, terms, strict=True):
+            assert_near((1 + (actual - wanted)[:6] / size).to(dtype), torch.ones_like(size))
+            assert not actual[6:].any()
 
 
 def plain_distance(mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 Within a tile the sum of fractions is kept as one fraction, n/d + a/s = (n s + a d)/(d s), whose
 denominator d = s_1 s_2 ... is also the argument of the logarithm: eight dimensions share one
-reciprocal and one logarithm. After every four, d is brought back to [0.7, 1.4) by a power of two.
+reciprocal and one logarithm. After every four, d is brought back to [0.7, 1.4) by a power of two;
+where a product of four might leave the number format, every s is.
 
 Three launches: `_pack_kernel` (transposed moments, so that a tile reads contiguous classes),
 `_tile_kernel` (partial distances of slices of the dimensions, so that few classes still fill the
@@ -26,6 +27,8 @@ from .common import approximate, fast_log2, fast_reciprocal, launch, scratch
 GROUP = tl.constexpr(8)
 PACK = 32
 TILE = 32
+# The backward kernel reads this many rows of a gradient's column at once.
+PITCH = 16
 
 
 @triton.jit
@@ -35,15 +38,30 @@ def _split_exponent(x):
         bits = x.to(tl.int64, bitcast=True)
         exponent = (bits - 0x3FE6A09E667F3BCD) & -0x10000000000000
         inverse = (0x3FF0000000000000 - exponent).to(tl.float64, bitcast=True)
-        return (
-            (bits - exponent).to(tl.float64, bitcast=True),
-            inverse,
-            (exponent >> 52).to(tl.int32),
-        )
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -0x800000
-    inverse = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
-    return (bits - exponent).to(tl.float32, bitcast=True), inverse, exponent >> 23
+        mantissa = (bits - exponent).to(tl.float64, bitcast=True)
+        exponent = (exponent >> 52).to(tl.int32)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F3504F3) & -0x800000
+        inverse = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+        mantissa = (bits - exponent).to(tl.float32, bitcast=True)
+        exponent = exponent >> 23
+    return mantissa, inverse, exponent
+
+
+@triton.jit
+def _is_wide(mean, u):
+    """Whether products of four sums of u, or the fractions they divide, might leave the range."""
+    if u.dtype == tl.float64:
+        MEAN: tl.constexpr = 2.0**200
+        LEAST: tl.constexpr = 2.0**-200
+        MOST: tl.constexpr = 2.0**200
+    else:
+        MEAN: tl.constexpr = 2.0**23
+        LEAST: tl.constexpr = 2.0**-25
+        MOST: tl.constexpr = 2.0**24
+    outside = (u < LEAST) | (u > MOST) | (tl.abs(mean) > MEAN)
+    return tl.max(tl.max(outside.to(tl.int32), 1), 0)
 
 
 @triton.jit
@@ -56,6 +74,7 @@ def _pack_kernel(
     u_t,
     mantissa_logs,
     exponents,
+    wide,
     counter,
     width,
     EPS: tl.constexpr,
@@ -63,7 +82,7 @@ def _pack_kernel(
     SLICE: tl.constexpr,
     PACK: tl.constexpr,
 ):
-    """Program (slice of dimensions, block of classes): transpose, and sum log2 u over the slice.
+    """Program (slice of dimensions, block of PACK classes): transpose, and sum log2 u of the slice.
 
     u is scaled by 2^EXPONENT, the mean by its root. Padding is neutral: mean 0 and u 1/2 make
     s = 1 and a term of 0. Logarithms are summed as (sum of log2 of mantissas, sum of exponents).
@@ -83,6 +102,7 @@ def _pack_kernel(
     row = tl.program_id(0) * width + k
     tl.store(mantissa_logs + row, tl.sum(tl.log2(mantissa), 1))
     tl.store(exponents + row, tl.sum(exponent, 1))
+    tl.store(wide + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), _is_wide(m, u))
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(counter, 0)
 
@@ -100,12 +120,96 @@ def tile_index(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (COLUMNS // ROWS) * (column * (column + 1) // 2) + tl.program_id(0)
 
 
+# Sums over dimensions are kept in units of log(2)/2: `acc` holds the a/s and the logarithms of what
+# is left of the s, or of their products, when powers of two are taken out; `exponent_sum` counts
+# those.
+HALF_PER_LOG2 = tl.constexpr(0.7213475204444817)
+
+
+@triton.jit
+def _add_dims(
+    mean_t,
+    u_t,
+    i,
+    j,
+    first_dim,
+    end_dim,
+    width,
+    acc,
+    exponent_sum,
+    GROUP: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """Add the dimensions of all pairs of rows i and columns j, GROUP at a time."""
+    for first in range(first_dim, end_dim, GROUP):
+        n = tl.zeros(acc.shape, acc.dtype)
+        d = tl.full(acc.shape, 1.0, acc.dtype)
+        for half in tl.static_range(2):
+            for dim in tl.static_range(GROUP // 2):
+                row = tl.cast(first + half * (GROUP // 2) + dim, tl.int64) * width
+                delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
+                s = tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
+                n = n * s + (delta * delta) * d
+                d = d * s
+            d, inverse, exponent = _split_exponent(d)
+            n = n * inverse
+            exponent_sum += exponent
+        acc += n * fast_reciprocal(d, APPROXIMATE) * HALF_PER_LOG2 + fast_log2(d, APPROXIMATE)
+    return acc, exponent_sum
+
+
+@triton.jit
+def _add_wide_dims(
+    mean_t,
+    u_t,
+    i,
+    j,
+    first_dim,
+    end_dim,
+    width,
+    acc,
+    exponent_sum,
+    APPROXIMATE: tl.constexpr,
+):
+    """The same for any s of the number format, one dimension at a time."""
+    for dim in range(first_dim, end_dim):
+        row = tl.cast(dim, tl.int64) * width
+        delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
+        s = tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
+        s, inverse, exponent = _split_exponent(s)
+        exponent_sum += exponent
+        a = delta * (delta * inverse)
+        acc += a * fast_reciprocal(s, APPROXIMATE) * HALF_PER_LOG2 + fast_log2(s, APPROXIMATE)
+    return acc, exponent_sum
+
+
+@triton.jit
+def _any_wide(
+    wide,
+    first_slice,
+    end_slice,
+    width,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Whether a row or column of tile (program 0, program 1) is wide in any of the slices."""
+    found = 0
+    for s in range(first_slice, end_slice):
+        flags = wide + s * (width // PACK)
+        found += tl.load(flags + tl.program_id(0) * ROWS // PACK)
+        for block in tl.static_range(COLUMNS // PACK):
+            found += tl.load(flags + tl.program_id(1) * (COLUMNS // PACK) + block)
+    return found > 0
+
+
 @triton.jit
 def _tile_kernel(
     mean_t,
     u_t,
     mantissa_logs,
     exponents,
+    wide,
     groups,
     slices,
     slices_per_program,
@@ -114,6 +218,7 @@ def _tile_kernel(
     n_tiles,
     SLICE: tl.constexpr,
     GROUP: tl.constexpr,
+    PACK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -125,24 +230,17 @@ def _tile_kernel(
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first_slice = tl.program_id(2) * slices_per_program
     end_slice = tl.minimum(first_slice + slices_per_program, slices)
-    # In units of log(2)/2: sum of a/s and of the logarithms of the denominators' mantissas.
     acc = tl.zeros([ROWS, COLUMNS], mean_t.dtype.element_ty)
     exponent_sum = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for first in range(first_slice * SLICE, end_slice * SLICE, GROUP):
-        n = tl.zeros([ROWS, COLUMNS], mean_t.dtype.element_ty)
-        d = tl.full([ROWS, COLUMNS], 1.0, mean_t.dtype.element_ty)
-        for half in tl.static_range(2):
-            for dim in tl.static_range(GROUP // 2):
-                row = tl.cast(first + half * (GROUP // 2) + dim, tl.int64) * width
-                delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
-                s = tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
-                n = n * s + (delta * delta) * d
-                d = d * s
-            d, inverse, exponent = _split_exponent(d)
-            n = n * inverse
-            exponent_sum += exponent
-        HALF_PER_LOG2: tl.constexpr = 0.7213475204444817
-        acc += n * fast_reciprocal(d, APPROXIMATE) * HALF_PER_LOG2 + fast_log2(d, APPROXIMATE)
+    first_dim, end_dim = first_slice * SLICE, end_slice * SLICE
+    if _any_wide(wide, first_slice, end_slice, width, PACK, ROWS, COLUMNS):
+        acc, exponent_sum = _add_wide_dims(
+            mean_t, u_t, i, j, first_dim, end_dim, width, acc, exponent_sum, APPROXIMATE
+        )
+    else:
+        acc, exponent_sum = _add_dims(
+            mean_t, u_t, i, j, first_dim, end_dim, width, acc, exponent_sum, GROUP, APPROXIMATE
+        )
     acc *= 2
     exponent_sum = 2 * exponent_sum - 2 * SLICE * (end_slice - first_slice)
     for s in range(first_slice, end_slice):
@@ -171,14 +269,17 @@ def tile_distance(partial, n_tiles, parts, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def store_symmetric(matrix, groups, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store a tile's pairs i < j of `x` at (i, j) and at (j, i), and 0 on the diagonal."""
+def store_symmetric(matrix, pitch, groups, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a tile's pairs i < j of `x` at (i, j) and at (j, i), and 0 on the diagonal.
+
+    Rows of the matrix are `pitch` elements apart.
+    """
     i = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     j = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     x = tl.where(i < j, x, 0)
     inside = (i <= j) & (j < groups)
-    tl.store(matrix + i * groups + j, x, mask=inside)
-    tl.store(matrix + j * groups + i, x, mask=inside)
+    tl.store(matrix + i * pitch + j, x, mask=inside)
+    tl.store(matrix + j * pitch + i, x, mask=inside)
 
 
 @triton.jit
@@ -189,23 +290,27 @@ def _distance_kernel(
     if not tile_is_needed(groups, ROWS, COLUMNS):
         return
     x = tile_distance(partial, n_tiles, parts, ROWS, COLUMNS)
-    store_symmetric(distance, groups, x, ROWS, COLUMNS)
+    store_symmetric(distance, groups, groups, x, ROWS, COLUMNS)
 
 
 @triton.jit
-def _symmetric_backward_kernel(grad, groups, out, TILE: tl.constexpr):
-    """Program (tile of rows, tile of columns): grad + grad^T with a zero diagonal."""
+def _symmetric_backward_kernel(grad, groups, out, pitch, TILE: tl.constexpr):
+    """Program (tile of rows, tile of columns): grad + grad^T with a zero diagonal.
+
+    Rows of `out` are `pitch` elements apart.
+    """
     i = (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE))[:, None]
     j = (tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE))[None, :]
     inside = (i < groups) & (j < groups)
     here = tl.load(grad + i * groups + j, mask=inside, other=0)
     there = tl.load(grad + j * groups + i, mask=inside, other=0)
-    tl.store(out + i * groups + j, tl.where(i == j, 0, here + there), mask=inside)
+    tl.store(out + i * pitch + j, tl.where(i == j, 0, here + there), mask=inside)
 
 
 @triton.jit
 def _rows_backward_kernel(
     grad,
+    pitch,
     mean,
     var,
     groups,
@@ -219,32 +324,29 @@ def _rows_backward_kernel(
 ):
     """Program (block of rows i, block of dimensions): sums over all j, in order.
 
-    With G = grad[i, j], symmetric, r = 1/(u_i + u_j) and delta = mean_i - mean_j:
-    by mean: sum G r delta / 2; by var: (sum G r (u_i - u_j) / u_i - sum G (r delta)^2) / 4.
+    With G = grad[j, i], symmetric, r = 1/(u_i + u_j) and t = r (mean_i - mean_j):
+    by mean: sum G t / 2; by var: sum G (r (u_i - u_j) - u_i t^2) / (4 u_i).
     """
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (i < groups)[:, None] & (d < dims)[None, :]
-    at = i[:, None] * dims + d[None, :]
+    at = i.to(tl.int64)[:, None] * dims + d[None, :]
     mean_i = tl.load(mean + at, mask=inside, other=0)
     u_i = tl.load(var + at, mask=inside, other=1) + EPS
     by_mean = tl.zeros([ROWS, BLOCK], mean_i.dtype)
-    by_excess = tl.zeros([ROWS, BLOCK], mean_i.dtype)
-    by_square = tl.zeros([ROWS, BLOCK], mean_i.dtype)
-    # Lanes beyond the last row or dimension read nothing and are not stored: any value will do.
+    by_log = tl.zeros([ROWS, BLOCK], mean_i.dtype)
+    # Lanes beyond the last row or dimension are not stored: whatever they read will do.
     for j in range(groups):
-        g = tl.load(grad + tl.cast(j, tl.int64) * groups + i, mask=i < groups)[:, None]
+        g = tl.load(grad + tl.cast(j, tl.int64) * pitch + i)[:, None]
         row = tl.cast(j, tl.int64) * dims + d
         u_j = (tl.load(var + row, mask=d < dims) + EPS)[None, :]
         delta = mean_i - tl.load(mean + row, mask=d < dims)[None, :]
         r = fast_reciprocal(u_i + u_j, APPROXIMATE)
-        g_r = g * r
-        moved = g_r * delta
-        by_mean += moved
-        by_excess += g_r * (u_i - u_j)
-        by_square += moved * (r * delta)
+        t = r * delta
+        by_mean += g * t
+        by_log += g * (r * (u_i - u_j) - (u_i * t) * t)
     tl.store(grad_mean + at, by_mean / 2, mask=inside)
-    tl.store(grad_var + at, (by_excess / u_i - by_square) / 4, mask=inside)
+    tl.store(grad_var + at, by_log / u_i / 4, mask=inside)
 
 
 class Partial(NamedTuple):
@@ -270,7 +372,7 @@ def launch_partial(mean: Tensor, var: Tensor, eps: float) -> Partial:
     """The distances in parts, and a counter that is 0."""
     mean, var = mean.contiguous(), var.contiguous()
     start = partial(_launch_tiles, mean, var, eps)
-    return start(tuning.choose("all pairs", (*mean.shape,), tuning.all_pairs(mean.shape[0]), start))
+    return start(tuning.choose("all pairs", (*mean.shape,), tuning.all_pairs(mean), start))
 
 
 def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options) -> Partial:
@@ -286,6 +388,7 @@ def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options
     packed = scratch(mean, 2, slices * slice_dims, width)
     mantissa_logs = scratch(mean, slices, width)
     exponents = scratch(mean, slices, width, dtype=torch.int32)
+    wide = scratch(mean, slices, width // PACK, dtype=torch.int32)
     counter = scratch(mean, 1, dtype=torch.int32)
     launch(
         _pack_kernel,
@@ -298,6 +401,7 @@ def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options
         packed[1],
         mantissa_logs,
         exponents,
+        wide,
         counter,
         width,
         EPS=eps,
@@ -313,6 +417,7 @@ def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options
         packed[1],
         mantissa_logs,
         exponents,
+        wide,
         groups,
         slices,
         slices_per_program,
@@ -321,21 +426,27 @@ def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options
         n_tiles,
         SLICE=slice_dims,
         GROUP=GROUP,
+        PACK=PACK,
         APPROXIMATE=approximate(mean),
         **options,
     )
     return Partial(values, n_tiles, parts, grid, options, counter)
 
 
+def pair_gradients(mean: Tensor) -> Tensor:
+    """Memory for a gradient (K, K) of each pair of rows of mean (K, D), in padded rows."""
+    groups = mean.shape[0]
+    return scratch(mean, groups, triton.cdiv(groups, PITCH) * PITCH)
+
+
 def launch_rows_backward(
     grad: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (K, D) for the gradient (K, K) of each pair, symmetric with a zero diagonal."""
+    """Gradients (K, D) for `pair_gradients` that are symmetric with a zero diagonal."""
     mean, var = mean.contiguous(), var.contiguous()
     start = partial(_launch_rows_backward, grad, mean, var, eps)
-    return start(
-        tuning.choose("all pairs backward", (*mean.shape,), tuning.all_pairs_backward(), start)
-    )
+    candidates = tuning.all_pairs_backward(mean)
+    return start(tuning.choose("all pairs backward", (*mean.shape,), candidates, start))
 
 
 def _launch_rows_backward(
@@ -347,6 +458,7 @@ def _launch_rows_backward(
         _rows_backward_kernel,
         (triton.cdiv(groups, options["ROWS"]), triton.cdiv(dims, options["BLOCK"])),
         grad,
+        grad.stride(0),
         mean,
         var,
         groups,
@@ -384,10 +496,15 @@ def all_pair_distance_backward(
     grad: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for grad (K, K)."""
-    groups = mean.shape[0]
-    symmetric = scratch(mean, groups, groups)
+    groups, symmetric = mean.shape[0], pair_gradients(mean)
     tiles = triton.cdiv(groups, TILE)
     launch(
-        _symmetric_backward_kernel, (tiles, tiles), grad.contiguous(), groups, symmetric, TILE=TILE
+        _symmetric_backward_kernel,
+        (tiles, tiles),
+        grad.contiguous(),
+        groups,
+        symmetric,
+        symmetric.stride(0),
+        TILE=TILE,
     )
     return launch_rows_backward(symmetric, mean, var, eps)

@@ -37,7 +37,7 @@ def distance_of_rows(
         excess = u_i - u_j
         excess_i = excess * fast_reciprocal(u_i, APPROXIMATE)
         excess_j = excess * fast_reciprocal(u_j, APPROXIMATE)
-        total += delta * delta * fast_reciprocal(u_i + u_j, APPROXIMATE)
+        total += delta * (delta * fast_reciprocal(u_i + u_j, APPROXIMATE))
         total += log1p(excess_i * excess_j / 4, APPROXIMATE)
     return tl.sum(total, 0) / 4
 

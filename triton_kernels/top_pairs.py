@@ -1,9 +1,11 @@
-"""The M pairs of largest weight in one launch: radix selection, then ranking by counting.
+"""The M pairs of largest weight in one launch: selection, then ranking by counting.
 
-A weight becomes an unsigned key of the same order, so that the M-th largest key is found exactly,
-eight bits at a time, from histograms over all pairs. Keys above it are taken, and keys equal to it
-in the order of (i, j) until there are M. Every program repeats the selection, which is cheap, and
-ranks its own share of the M chosen pairs against all of them, which is not.
+A weight becomes an unsigned key of the same order. A sample of the pairs gives a key that the M-th
+largest is hardly ever below (Floyd and Rivest 1975, SELECT; checked, not trusted), so that one pass
+over all pairs leaves little more than M candidates. Of those the M-th largest key is found exactly,
+eight bits at a time, from histograms. Keys above it are taken, and keys equal to it in the order of
+(i, j) until there are M. Every program repeats the selection, which is cheap, and ranks its own
+share of the M chosen pairs against all of them, which is not.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from .common import launch, scratch
 
 BLOCK_BYTES = 16384
-SHARE = 128
+SHARE_BYTES = 512
 WARPS = 16
 DIGIT = tl.constexpr(8)
 BINS = tl.constexpr(256)
@@ -87,9 +89,27 @@ def _pair_keys(
 
 
 @triton.jit
-def _threshold(
+def _digits_of(key, prefix, place: tl.constexpr, mask):
+    """How many of the keys that begin with `prefix` have each value of the next digit."""
+    # Two shifts, because a shift by all bits at once is undefined.
+    matches = mask & (((key >> place) >> DIGIT) == prefix)
+    return tl.histogram(((key >> place) & (BINS - 1)).to(tl.int32), BINS, mask=matches)
+
+
+@triton.jit
+def _next_digit(count, prefix, wanted):
+    """`prefix` with the digit that holds rank `wanted` from above, and the rank within it."""
+    bins = tl.arange(0, BINS)
+    from_here_up = tl.sum(count, 0) - tl.cumsum(count, 0) + count
+    chosen = tl.max(tl.where(from_here_up >= wanted, bins, 0), 0)
+    wanted -= tl.sum(tl.where(bins > chosen, count, 0), 0)
+    return (prefix << DIGIT) | chosen.to(prefix.dtype), wanted
+
+
+@triton.jit
+def _pivot(
     matrix,
-    keys,
+    n_pairs,
     wanted,
     groups,
     used,
@@ -98,41 +118,103 @@ def _threshold(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A key that is probably not above the key of rank `wanted`, and not far below; 0 if unsure.
+
+    Of BLOCK pairs at equal distances, the one whose rank is four standard deviations below the
+    expected one.
+    """
+    expected = BLOCK * (wanted.to(tl.float32) / tl.maximum(n_pairs, 1).to(tl.float32))
+    rank = (tl.minimum(expected + 4 * tl.sqrt(expected), BLOCK)).to(tl.int32) + 4
+    pivot = tl.full([], 0, UNSIGNED)
+    if (n_pairs > BLOCK) & (2 * rank < BLOCK):
+        p = (tl.arange(0, BLOCK).to(tl.int64) * n_pairs // BLOCK).to(tl.int32)
+        i, j = _pair(p, used)
+        inside = p >= 0
+        key = _key(_weight(matrix, i, j, inside, groups, used, MEAN_PROBS), UNSIGNED, BITS)
+        for place in tl.static_range(BITS - DIGIT, -1, -DIGIT):
+            pivot, rank = _next_digit(_digits_of(key, pivot, place, inside), pivot, rank)
+    return pivot
+
+
+@triton.jit
+def _candidates(
+    matrix,
+    n_pairs,
+    pivot,
+    keys,
+    places,
+    groups,
+    used,
+    MEAN_PROBS: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the keys not below the pivot, and the numbers of their pairs, in order; how many."""
+    found = 0
+    for first in range(0, n_pairs, BLOCK):
+        _, _, key, valid = _pair_keys(
+            matrix, first, used, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+        )
+        take = valid & (key >= pivot)
+        slot = found + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(keys + slot, key, mask=take)
+        tl.store(places + slot, first + tl.arange(0, BLOCK), mask=take)
+        found += tl.sum(take.to(tl.int32), 0)
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def _threshold(
+    keys,
+    n_candidates,
+    n_zeros,
+    wanted,
+    UNSIGNED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The key of rank `wanted` from above, and how many keys equal to it are wanted.
 
-    The pairs of used groups are looked at, in the first pass by their weights, then by `keys`;
-    all others have weight zero. A key of 0 is no key.
+    Beside the candidates there are `n_zeros` pairs of weight zero.
     """
-    n_pairs = used * (used - 1) // 2
-    n_zeros = groups * (groups - 1) // 2 - n_pairs
     zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
     bins = tl.arange(0, BINS)
     prefix = zero_key ^ zero_key
     for place in tl.static_range(BITS - DIGIT, -1, -DIGIT):
-        # Two shifts, because a shift by all bits at once is undefined.
         zero_matches = ((zero_key >> place) >> DIGIT) == prefix
         zero_digit = ((zero_key >> place) & (BINS - 1)).to(tl.int32)
         count = tl.where((bins == zero_digit) & zero_matches, n_zeros, 0)
-        for first in range(0, n_pairs, BLOCK):
+        for first in range(0, n_candidates, BLOCK):
             at = first + tl.arange(0, BLOCK)
-            if place == BITS - DIGIT:
-                _, _, key, valid = _pair_keys(
-                    matrix, first, used, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
-                )
-                key = tl.where(valid, key, 0)
-                tl.store(keys + at, key, mask=valid)
-            else:
-                key = tl.load(keys + at, mask=at < n_pairs, other=0)
-            matches = (key != 0) & (((key >> place) >> DIGIT) == prefix)
-            digit = ((key >> place) & (BINS - 1)).to(tl.int32)
-            count += tl.histogram(digit, BINS, mask=matches)
-        if place == BITS - DIGIT:
-            tl.debug_barrier()
-        from_here_up = tl.sum(count, 0) - tl.cumsum(count, 0) + count
-        chosen = tl.max(tl.where(from_here_up >= wanted, bins, 0), 0)
-        wanted -= tl.sum(tl.where(bins > chosen, count, 0), 0)
-        prefix = (prefix << DIGIT) | chosen.to(prefix.dtype)
+            key = tl.load(keys + at, mask=at < n_candidates, other=0)
+            count += _digits_of(key, prefix, place, at < n_candidates)
+        prefix, wanted = _next_digit(count, prefix, wanted)
     return prefix, wanted
+
+
+@triton.jit
+def _take(
+    index,
+    weight,
+    key,
+    valid,
+    limit,
+    wanted_equal,
+    n_chosen,
+    n_equal,
+    chosen,
+    chosen_weights,
+):
+    """Append the pairs with keys above the limit, and the wanted ones of those equal to it."""
+    equal = (valid & (key == limit)).to(tl.int32)
+    equal_rank = n_equal + tl.cumsum(equal, 0)
+    take = valid & ((key > limit) | ((key == limit) & (equal_rank <= wanted_equal)))
+    slot = n_chosen + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(chosen + slot, index, mask=take)
+    tl.store(chosen_weights + slot, weight, mask=take)
+    return n_chosen + tl.sum(take.to(tl.int32), 0), n_equal + tl.sum(equal, 0)
 
 
 @triton.jit
@@ -142,6 +224,7 @@ def _top_pairs_kernel(
     groups,
     top_m,
     keys,
+    places,
     chosen,
     chosen_weights,
     pairs,
@@ -156,29 +239,63 @@ def _top_pairs_kernel(
     used = groups
     if MEAN_PROBS:
         used = _count_used(classes, groups, BLOCK)
-    limit, wanted_equal = _threshold(
-        matrix, keys, top_m, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+    n_pairs = used * (used - 1) // 2
+    pivot = _pivot(matrix, n_pairs, top_m, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK)
+    n_candidates = _candidates(
+        matrix, n_pairs, pivot, keys, places, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
     )
+    if n_candidates < tl.minimum(top_m, n_pairs):
+        # Slots of their own: a program that lags may still write the first candidates.
+        keys += groups * (groups - 1) // 2
+        places += groups * (groups - 1) // 2
+        no_pivot = pivot ^ pivot
+        n_candidates = _candidates(
+            matrix, n_pairs, no_pivot, keys, places, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+        )
+    # All pairs with an unused group have weight zero.
+    n_zeros = groups * (groups - 1) // 2 - n_pairs
+    limit, wanted_equal = _threshold(keys, n_candidates, n_zeros, top_m, UNSIGNED, BITS, BLOCK)
 
-    # Pairs with unused groups are wanted only where pairs of weight zero are.
-    zero_key = tl.full([], 1 << (BITS - 1), UNSIGNED)
-    n = tl.where(limit > zero_key, used, groups)
-    first = 0
     n_chosen = 0
     n_equal = 0
-    while n_chosen < top_m:
-        index, weight, key, valid = _pair_keys(
-            matrix, first, n, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
-        )
-        equal = (valid & (key == limit)).to(tl.int32)
-        equal_rank = n_equal + tl.cumsum(equal, 0)
-        take = valid & ((key > limit) | ((key == limit) & (equal_rank <= wanted_equal)))
-        slot = n_chosen + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(chosen + slot, index, mask=take)
-        tl.store(chosen_weights + slot, weight, mask=take)
-        n_chosen += tl.sum(take.to(tl.int32), 0)
-        n_equal += tl.sum(equal, 0)
-        first += BLOCK
+    if limit > tl.full([], 1 << (BITS - 1), UNSIGNED):
+        for first in range(0, n_candidates, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            valid = at < n_candidates
+            key = tl.load(keys + at, mask=valid, other=0)
+            i, j = _pair(tl.load(places + at, mask=valid, other=0), used)
+            weight = _weight(matrix, i, j, valid, groups, used, MEAN_PROBS)
+            n_chosen, n_equal = _take(
+                i * groups + j,
+                weight,
+                key,
+                valid,
+                limit,
+                wanted_equal,
+                n_chosen,
+                n_equal,
+                chosen,
+                chosen_weights,
+            )
+    else:
+        start = 0
+        while n_chosen < top_m:
+            index, weight, key, valid = _pair_keys(
+                matrix, start, groups, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+            )
+            n_chosen, n_equal = _take(
+                index,
+                weight,
+                key,
+                valid,
+                limit,
+                wanted_equal,
+                n_chosen,
+                n_equal,
+                chosen,
+                chosen_weights,
+            )
+            start += BLOCK
     tl.debug_barrier()
 
     slot = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
@@ -200,19 +317,22 @@ def _top_pairs_kernel(
 def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tuple[Tensor, Tensor]:
     """Top pairs of alpha (K, K); or, where `classes` (K,) is given, of P from `mean_probs`."""
     groups = matrix.shape[0]
-    top_m = min(top_m, groups * (groups - 1) // 2)
+    n_pairs = groups * (groups - 1) // 2
+    top_m = min(top_m, n_pairs)
     pairs = scratch(matrix, top_m, 2, dtype=torch.int64)
     weights = scratch(matrix, top_m)
     double = matrix.dtype == torch.float64
-    keys = scratch(matrix, groups * (groups - 1) // 2, dtype=torch.int64 if double else torch.int32)
+    share = SHARE_BYTES // matrix.element_size()
+    keys = scratch(matrix, 2, n_pairs, dtype=torch.int64 if double else torch.int32)
     launch(
         _top_pairs_kernel,
-        (triton.cdiv(top_m, SHARE),),
+        (triton.cdiv(top_m, share),),
         matrix,
         matrix if classes is None else classes,
         groups,
         top_m,
         keys.view(torch.uint64 if double else torch.uint32),
+        scratch(matrix, 2, n_pairs, dtype=torch.int32),
         scratch(matrix, top_m, dtype=torch.int32),
         scratch(matrix, top_m),
         pairs,
@@ -221,8 +341,8 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
         UNSIGNED=tl.uint64 if double else tl.uint32,
         BITS=64 if double else 32,
         BLOCK=BLOCK_BYTES // matrix.element_size(),
-        SHARE=SHARE,
-        num_warps=WARPS,
+        SHARE=share,
+        num_warps=WARPS // 2 if double else WARPS,
     )
     return pairs, weights
 

@@ -84,15 +84,20 @@ def class_attraction(dims: int, mean: Tensor) -> Options:
     return block_of_dims(dims, mean.element_size(), most_warps=4)
 
 
-def all_pairs(groups: int) -> tuple[Options, ...]:
-    """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few."""
-    narrow = {"ROWS": 16, "COLUMNS": 32, "num_warps": 1}
-    middle = {"ROWS": 16, "COLUMNS": 64, "num_warps": 2}
-    wide = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+def all_pairs(mean: Tensor) -> tuple[Options, ...]:
+    """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few.
+
+    In float64 registers hold a quarter of that.
+    """
+    warps = 1 if mean.dtype == torch.float32 else 4
+    narrow = {"ROWS": 16, "COLUMNS": 32, "num_warps": warps}
+    middle = {"ROWS": 16, "COLUMNS": 64, "num_warps": 2 * warps}
+    wide = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4 * warps}
+    groups = mean.shape[0]
     guess = narrow if groups <= 256 else middle if groups <= 512 else wide
     tiles = (guess, *(t for t in (narrow, middle, wide) if t is not guess))
     # Left alone, ptxas stops at 168 registers on Blackwell and spills.
-    extra = {"maxnreg": 224} if architecture() == "cuda 100" else {}
+    extra = {"maxnreg": 240} if warps == 1 and architecture() == "cuda 100" else {}
     return tuple(tile | extra for tile in tiles)
 
 
@@ -103,13 +108,16 @@ def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, in
     return slice_dims, max(1, min(parts, triton.cdiv(dims, slice_dims)))
 
 
-def all_pairs_backward() -> tuple[Options, ...]:
-    """A thread holds 4 rows x 4 dimensions; a single warp needs no exchange to share a row."""
-    return (
-        {"ROWS": 4, "BLOCK": 128, "num_warps": 1},
-        {"ROWS": 8, "BLOCK": 128, "num_warps": 1},
-        {"ROWS": 4, "BLOCK": 256, "num_warps": 2},
-    )
+def all_pairs_backward(mean: Tensor) -> tuple[Options, ...]:
+    """A thread holds 4 or 8 rows x 4 dimensions; a single warp needs no exchange to share a row.
+
+    Eight rows share the loads of a ninth, but take 240 registers, and few classes then leave
+    schedulers without a warp. In float64 registers hold half of that.
+    """
+    dims = 128 if mean.dtype == torch.float32 else 64
+    few = {"ROWS": 4, "BLOCK": dims, "num_warps": 1}
+    many = {"ROWS": 8, "BLOCK": dims, "num_warps": 1}
+    return (few, many) if mean.shape[0] <= 256 else (many, few)
 
 
 def choose(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .all_pair_distance import (
     launch_partial,
     launch_rows_backward,
+    pair_gradients,
     store_symmetric,
     tile_distance,
     tile_index,
@@ -120,6 +121,7 @@ def _pair_gradient_kernel(
     grad,
     value,
     grad_distance,
+    pitch,
     EPS: tl.constexpr,
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
@@ -140,7 +142,7 @@ def _pair_gradient_kernel(
         share = weight * tl.exp(-distance - tl.load(value)) / tl.where(total == 0, 1, total)
     else:
         share = weight * tl.exp(-distance) / tl.where(total < EPS, EPS, total)
-    store_symmetric(grad_distance, groups, -tl.load(grad) * share, ROWS, COLUMNS)
+    store_symmetric(grad_distance, pitch, groups, -tl.load(grad) * share, ROWS, COLUMNS)
 
 
 def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
@@ -178,7 +180,7 @@ def weighted_overlap_backward(
         return torch.zeros_like(mean), torch.zeros_like(var)
     alpha = alpha.contiguous()
     partial = launch_partial(mean, var, eps)
-    totals, grad_distance = scratch(mean, groups), scratch(mean, groups, groups)
+    totals, grad_distance = scratch(mean, groups), pair_gradients(mean)
     launch(_row_totals_kernel, (groups,), alpha, groups, totals, BLOCK=BLOCK)
     launch(
         _pair_gradient_kernel,
@@ -192,6 +194,7 @@ def weighted_overlap_backward(
         grad,
         value,
         grad_distance,
+        grad_distance.stride(0),
         EPS=eps,
         LOG=log,
         BLOCK=BLOCK,
