@@ -53,10 +53,11 @@ def write(rows: list[Row], folder: Path = RESULTS) -> None:
         writer.writerows(asdict(row) for row in rows)
     text = f"""# GPU kernels by their machine code
 
-Compiled ahead of time, nothing was run. Stack and shared memory in bytes; instructions and MUFU
-(reciprocals and logarithms) per pair and dimension of the inner loop, its loads included. A pair is
-one visit of (i, j): Triton's backward kernel of all pairs visits (i, j) and (j, i). For gfx942 the
-registers are vector registers and local accesses are spilled ones. Made by `make gpu-report`.
+Compiled ahead of time, nothing was run. Stack and shared memory in bytes; loads_128 are loads of
+128 bits from global memory, as written, not as executed; instructions and MUFU (reciprocals and
+logarithms) are per pair and dimension of the inner loop, its loads included. A pair is one visit of
+(i, j): Triton's backward kernel of all pairs visits (i, j) and (j, i). For gfx942 the registers are
+vector registers and local accesses are spilled ones. Made by `make gpu-report`.
 
 {table(rows)}
 """
@@ -72,7 +73,9 @@ def _nvidia_row(cubin: bytes, name: str, arch: str, warps: int, labels: dict[str
         body = disassembly(Path(file.name), arch if arch == "sm_80" else arch + "a")[name]
     instructions = mufu = None
     if name in VISITS_PER_MUFU:
-        loop = max(innermost_loops(body), key=_count_mufu)
+        # Of several loops, the one that shares reciprocals and logarithms most.
+        found = [ops for ops in innermost_loops(body) if _count_mufu(ops)]
+        loop = max(found, key=lambda ops: len(ops) / _count_mufu(ops))
         visits = VISITS_PER_MUFU[name] * _count_mufu(loop)
         instructions, mufu = len(loop) / visits, _count_mufu(loop) / visits
     return Row(
@@ -81,6 +84,7 @@ def _nvidia_row(cubin: bytes, name: str, arch: str, warps: int, labels: dict[str
         registers=used["REG"],
         stack=used["STACK"],
         local_accesses=sum(i.startswith(("LDL", "STL")) for _, i in body),
+        loads_128=sum(i.startswith("LDG.E.128") for _, i in body),
         shared=used["SHARED"],
         occupancy=occupancy(arch, used["REG"], used["SHARED"], 32 * warps),
         instructions=instructions,
@@ -105,6 +109,7 @@ def _amd_row(assembly: str, labels: dict[str, str]) -> Row:
         registers=registers,
         stack=field(r"\.private_segment_fixed_size"),
         local_accesses=field(r"\.vgpr_spill_count"),
+        loads_128=len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", assembly)),
         shared=field(r"\.group_segment_fixed_size"),
         occupancy=min(8, 512 // (8 * -(-registers // 8))) / 8,
         instructions=None,
@@ -229,7 +234,7 @@ VISITS_PER_MUFU = {
 
 def triton_rows(arch: str) -> list[Row]:
     """A row for each kernel and tile size of the Triton backend."""
-    dtypes = (torch.float32, torch.bfloat16) if arch == "sm_90" else (torch.float32,)
+    dtypes = [torch.float32, torch.float64] + [torch.bfloat16] * (arch == "sm_90")
     kernels = extension.triton_kernels()
     rows: dict[tuple[Any, ...], Row] = {}
     with compile_only(arch) as compiled:

@@ -71,6 +71,7 @@ class Row:
     registers: int
     stack: int
     local_accesses: int
+    loads_128: int  # of global memory
     shared: int
     occupancy: float
     instructions: float | None  # per (pair, dimension), for the kernels that measure all pairs
@@ -242,6 +243,7 @@ def rows(library: Path) -> Iterator[Row]:
             registers=used["REG"],
             stack=used["STACK"],
             local_accesses=sum(i.startswith(("LDL", "STL")) for _, i in body),
+            loads_128=sum(i.startswith("LDG.E.128") for _, i in body),
             shared=shared,
             occupancy=occupancy(arch, used["REG"], shared, threads),
             instructions=cost[0] if cost else None,

@@ -87,6 +87,13 @@ def test_no_kernel_uses_the_stack(report: list[Row]) -> None:
     assert [row for row in report if row.stack or row.local_accesses] == []
 
 
+def test_moments_read_the_features_128_bits_at_a_time(report: list[Row]) -> None:
+    """All samples of a chunk, if the rows of the features are aligned."""
+    moments = [row for row in report if row.kernel.startswith("class_moments_kernel")]
+    assert {row.arch for row in moments} == ARCHITECTURES
+    assert all(row.loads_128 >= 8 for row in moments), moments
+
+
 def test_all_pairs_keep_to_their_instruction_budget(report: list[Row]) -> None:
     """Per (pair, dimension) in the inner loop, shared-memory loads included."""
     measured = [row for row in report if row.instructions is not None]

@@ -50,8 +50,21 @@ def test_no_kernel_uses_the_stack_or_spills(report: Table) -> None:
     assert offenders == []
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_moments_read_the_features_128_bits_at_a_time(report: Table, arch: str) -> None:
+    """A group's first sample and the four of a tile, if the rows of the features are aligned.
+
+    AMD's wavefronts hold two of the four in each lane.
+    """
+    least = 2 if arch == "gfx942" else 5
+    rows = [r for r in report if r["kernel"].startswith("_moments_kernel") and r["arch"] == arch]
+    assert {"float32", "float64"} <= {row["kernel"].split()[1] for row in rows}
+    assert [row for row in rows if int(row["loads_128"]) < least] == []
+
+
 # Instructions, its loads and loop included, and reciprocals and logarithms, for each (i, j, d).
-BUDGET = {("_tile_kernel", "forward"): (10, 0.3), ("_rows_backward_kernel", "backward"): (13, 1)}
+# The gradient visits (i, j) and (j, i).
+BUDGET = {("_tile_kernel", "forward"): (9.5, 0.3), ("_rows_backward_kernel", "backward"): (11.7, 1)}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -60,7 +73,8 @@ def test_inner_loops_keep_their_instruction_budget(
     report: Table, kernel: str, direction: str, arch: str
 ) -> None:
     instructions, mufu = BUDGET[kernel, direction]
-    rows = [r for r in report if r["kernel"].startswith(kernel) and r["arch"] == arch]
+    name = f"{kernel} float32"
+    rows = [r for r in report if r["kernel"].startswith(name) and r["arch"] == arch]
     assert rows
     for row in rows:
         assert row["direction"] == direction
@@ -100,7 +114,7 @@ def test_autotuning_is_opt_in_takes_the_fastest_and_remembers_it(
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(tuning, "_fastest", {})
-    candidates = tuning.all_pairs(100)
+    candidates = tuning.all_pairs(torch.empty(100, 20))
 
     def choose() -> Any:
         return tuning.choose("all pairs", (100, 20), candidates, lambda options: options)
@@ -124,7 +138,9 @@ def test_every_candidate_tile_gives_the_same_distances(
     mean, var = rand(20, 9, dtype=torch.float64), rand(20, 9, seed=1, dtype=torch.float64)
     default = TRITON.all_pair_distance(mean, var, EPS)
     grads = TRITON.all_pair_distance_backward(default, mean, var, EPS)
-    monkeypatch.setattr(TRITON.tuning, "choose", lambda name, sizes, tiles, start: tiles[candidate])
+    monkeypatch.setattr(
+        TRITON.tuning, "choose", lambda name, sizes, tiles, start: tiles[candidate % len(tiles)]
+    )
     torch.testing.assert_close(TRITON.all_pair_distance(mean, var, EPS), default)
     other = TRITON.all_pair_distance_backward(default, mean, var, EPS)
     torch.testing.assert_close(other, grads)
