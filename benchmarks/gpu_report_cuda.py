@@ -48,6 +48,8 @@ KERNELS = {
     "layer_distances_kernel": ("regularizer", "forward", 128, 132, 264),
     "distance_gradients_kernel": ("regularizer", "backward", 128, 132, 264),
     "regularizer_backward_kernel": ("regularizer", "backward", 128, 0, 0),
+    "top_confusions_kernel": ("top_confusions", "forward", 512, 392, 520),
+    "class_attraction_kernel": ("class_attraction", "forward", 128, 128, 256),
 }
 
 # Of one multiprocessor: registers, bytes of shared memory, threads, blocks; and what each block's

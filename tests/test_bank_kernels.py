@@ -1,5 +1,5 @@
 """What the kernels of the class bank must do on every backend: float64 truth, and the
-reference's choices.
+reference's choices. The CUDA kernels run on the emulated GPU.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from emulation.harness import Emulator, emulated_library
 from kernel_inputs import DTYPES, assert_near, classes, rand, randn
 from test_batch_kernels import Kernels, assert_equal
 from torch import Tensor
@@ -24,20 +25,24 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton", "cuda"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "triton":
         return Kernels(TRITON, DEVICE)
+    if request.param == "cuda":
+        return Kernels(Emulator(emulated_library()), "cpu")
     if (reason := extension.missing("cpu")) is not None:
         pytest.skip(reason)
     return Kernels(torch.ops.cwbr_fused, "cpu")
 
 
-def assert_confusions(kernels: Kernels, logits: Tensor, *others: Tensor | int) -> None:
+def assert_confusions(
+    kernels: Kernels, logits: Tensor, targets: Tensor, seen: Tensor, top: int
+) -> None:
     """The reference's classes exactly, and float64's probabilities to rounding, each of them."""
-    index, weight, own = kernels("top_confusions", logits, *others)
-    assert torch.equal(index, reference_bank.top_confusions(logits, *others)[0])
-    _, true_weight, true_own = reference_bank.top_confusions(logits.double(), *others)
+    index, weight, own = kernels("top_confusions", logits, targets, seen, top)
+    assert torch.equal(index, reference_bank.top_confusions(logits, targets, seen, top)[0])
+    _, true_weight, true_own = reference_bank.top_confusions(logits.double(), targets, seen, top)
     relative = 1e-12 if logits.dtype == torch.float64 else 1e-5
     for actual, truth in ((weight, true_weight), (own, true_own)):
         assert actual.dtype == accumulation_dtype(logits.dtype)
@@ -125,6 +130,7 @@ def test_logits_near_the_largest_number_do_not_overflow(kernels: Kernels) -> Non
     torch.testing.assert_close(own, truth.gather(1, targets[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16], ids=str)
 def test_targets_of_any_integer_dtype(kernels: Kernels, dtype: torch.dtype) -> None:
     logits, targets, seen = randn(9, 40), classes(9, 40), seen_classes(40)

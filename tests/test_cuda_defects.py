@@ -19,7 +19,7 @@ from emulation.defects import KINDS, Defect, find_defects, plant
 from emulation.harness import Emulator, compile_emulated
 from torch import Tensor
 
-from cwbr_fused import reference, reference_backward
+from cwbr_fused import reference, schema
 
 EPS = 1e-6
 SECONDS = 60
@@ -109,10 +109,32 @@ def tile_cases() -> Iterator[Case]:
     yield "weighted_overlap", (far, torch.ones(70, 200), torch.ones(70, 70), EPS, False)
 
 
+def confusion_list_cases() -> Iterator[Case]:
+    # One warp, several, and several chunks of a row.
+    for batch, columns, dtype in (
+        (3, 13, torch.float16),
+        (3, 1003, torch.float32),
+        (2, 2501, torch.float64),
+    ):
+        seen = random(columns, seed=1) > -1
+        logits = random(batch, columns, dtype=dtype)
+        yield "top_confusions", (logits, random_targets(batch, columns), seen, 5)
+
+
+def attraction_cases() -> Iterator[Case]:
+    for dims, dtype in ((7, torch.float32), (520, torch.float64), (8, torch.float16)):
+        index = random_targets(9, 5).reshape(3, 3) - 1
+        z, mean, weights = random(3, dims, dtype=dtype), random(4, dims), random(3, 3)
+        bank = [t.to(reference.accumulation_dtype(dtype)) for t in (mean, mean[0].exp())]
+        yield "class_attraction", (z, *bank, index, weights.to(bank[0].dtype))
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "class_attraction.cuh": attraction_cases,
     "group_by_class.cuh": group_cases,
     "class_moments.cuh": moment_cases,
     "confusion_weights.cuh": confusion_cases,
+    "top_confusions.cuh": confusion_list_cases,
     "top_pairs.cuh": top_cases,
     "pair_distance.cuh": list_cases,
     "pack_rows.cuh": tile_cases,
@@ -143,8 +165,7 @@ def truths() -> dict[str, Truth]:
     for file, cases in CASES.items():
         found[file] = []
         for name, args in cases():
-            module = reference_backward if name.endswith("_backward") else reference
-            found[file].append((name, args, flat(getattr(module, name)(*doubles(args)))))
+            found[file].append((name, args, flat(schema.pure_pytorch(name)(*doubles(args)))))
     found["common.cuh"] = [case for file in CASES for case in found[file]]
     return found
 

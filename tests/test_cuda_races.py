@@ -19,6 +19,7 @@ DEFECTS = find_defects()
 RACES = {
     "common.cuh": "plan",
     "confusion_weights.cuh": "plan",
+    "top_confusions.cuh": "class_bank",
     "top_pairs.cuh": "plan",
     "pack_rows.cuh": "all_pairs",
     "pair_tiles.cuh": "all_pairs",
@@ -53,7 +54,8 @@ def run(program: Path, operation: str, defect: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "operation", ["plan", "moments", "pair_lists", "all_pairs", "overlap", "regularizer"]
+    "operation",
+    ["plan", "moments", "pair_lists", "all_pairs", "overlap", "regularizer", "class_bank"],
 )
 def test_threads_of_a_block_do_not_race(program: Path, operation: str) -> None:
     assert run(program, operation, -1) == "done\n"

@@ -249,6 +249,27 @@ class Emulator:
         self._run("regularizer_backward", dtype, *inputs, eps, int(log), grad_z)
         return list(_tensors(grad_z))
 
+    def top_confusions(
+        self, logits: Tensor, targets: Tensor, seen: Tensor, top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, num_classes = logits.shape
+        top = max(0, min(top, num_classes - 1))
+        dtype = accumulation_dtype(logits.dtype)
+        (index,) = _new(targets, (batch, top))
+        weight, own = _new(logits, (batch, top), (batch,), dtype=dtype)
+        inputs = (logits, batch, num_classes, targets, seen, top)
+        self._run("top_confusions", DTYPES[logits.dtype], *inputs, index, weight, own)
+        return index.tensor, weight.tensor, own.tensor
+
+    def class_attraction(
+        self, z: Tensor, mean: Tensor, var: Tensor, index: Tensor, coefficient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, count = index.shape
+        results = _new(mean, (batch,), z.shape)
+        inputs = (z, batch, mean, var, *mean.shape, index, coefficient, count)
+        self._run("class_attraction", DTYPES[z.dtype], *inputs, *results)
+        return _tensors(results)
+
 
 class _Result:
     """A tensor that the call fills in."""

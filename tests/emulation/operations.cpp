@@ -3,9 +3,11 @@
 // Arguments are addresses and sizes as in the operation's own signature; `dtype` is 0 for float64,
 // 1 for float32, 2 for float16, 3 for bfloat16. Each function returns how many kernels it launched.
 #include "all_pair_distance.cuh"
+#include "class_attraction.cuh"
 #include "class_moments.cuh"
 #include "plan.cuh"
 #include "regularizer.cuh"
+#include "top_confusions.cuh"
 #include "weighted_overlap.cuh"
 
 using namespace cwbr::cuda;
@@ -226,6 +228,34 @@ int run_regularizer_backward(int dtype, void* grad, void** features, int64_t* di
                      grad_distance + l * num_pairs});
     features_backward<T>(launch, all.data(), layers, Groups{order, offsets, groups, batch}, pairs,
                          touching, static_cast<A>(eps));
+  });
+}
+
+int run_top_confusions(int dtype, void* logits, int64_t batch, int64_t num_classes,
+                       int64_t* targets, bool* seen, int64_t top, int64_t* index, void* weight,
+                       void* own) {
+  return dispatch(dtype, [&](auto& launch, auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    top_confusions(launch, as<const T>(logits), batch, num_classes, targets, seen, top, index,
+                   as<A>(weight), as<A>(own));
+  });
+}
+
+int run_class_attraction(int dtype, void* z, int64_t batch, void* mean, void* var,
+                         int64_t num_classes, int64_t dims, int64_t* index, void* coefficient,
+                         int64_t count, void* energy, void* gradient) {
+  return dispatch(dtype, [&](auto& launch, auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    const Attraction<A> bank{as<const A>(mean),
+                             as<const A>(var),
+                             num_classes,
+                             dims,
+                             index,
+                             as<const A>(coefficient),
+                             count};
+    class_attraction(launch, as<const T>(z), batch, bank, as<A>(energy), as<A>(gradient));
   });
 }
 

@@ -92,6 +92,18 @@ struct Problem {
                              order.data(), offsets.data(), groups, batch, pairs.data(), top_m,
                              weights.data(), kEps, 1, &grads);
   }
+
+  void class_bank() {
+    constexpr int64_t top = 5;
+    const std::unique_ptr<bool[]> seen(new bool[classes]);
+    for (int64_t c = 0; c < classes; ++c) seen[c] = c % 3 > 0;
+    std::vector<int64_t> index(batch * top);
+    std::vector<float> weight(batch * top), own(batch), energy(batch), gradient(batch * dims);
+    run_top_confusions(kFloat, logits.data(), batch, classes, targets.data(), seen.get(), top,
+                       index.data(), weight.data(), own.data());
+    run_class_attraction(kFloat, z.data(), batch, mean.data(), var.data(), classes, dims,
+                         index.data(), weight.data(), top, energy.data(), gradient.data());
+  }
 };
 
 }  // namespace
@@ -106,5 +118,6 @@ int main(int count, char** arguments) {
   if (operation == "all_pairs") problem.all_pairs();
   if (operation == "overlap") problem.overlap();
   if (operation == "regularizer") problem.regularizer();
+  if (operation == "class_bank") problem.class_bank();
   puts("done");
 }

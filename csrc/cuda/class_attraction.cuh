@@ -1,0 +1,96 @@
+// class_attraction: weighted squared Mahalanobis distances of each sample to some class means, and
+// their gradient. One block per sample reads it and the means it needs once. Variances must be
+// normal numbers, which the floor of a bank's metric sees to.
+#pragma once
+
+#include "common.cuh"
+
+namespace cwbr::cuda {
+
+// The class means, their shared variances, and the classes that act on each sample.
+template <class A>
+struct Attraction {
+  const A* mean;
+  const A* var;
+  int64_t num_classes, dims;
+  const int64_t* index;
+  const A* coefficient;
+  int64_t count;
+};
+
+// Energy of the columns from `column` on; writes their gradient.
+template <class T, int WIDTH>
+__device__ accumulate_t<T> attract(const Attraction<accumulate_t<T>>& bank, const T* z,
+                                   const int64_t* index, const accumulate_t<T>* coefficient,
+                                   int64_t column, accumulate_t<T>* gradient) {
+  using A = accumulate_t<T>;
+  const Vector<T, WIDTH> raw = load<WIDTH>(z + column);
+  A x[WIDTH], pull[WIDTH] = {}, squares[WIDTH] = {}, var[WIDTH];
+#pragma unroll
+  for (int w = 0; w < WIDTH; ++w) x[w] = widen(raw.item[w]);
+  for (int64_t j = 0; j < bank.count; ++j) {
+    const int64_t k = index[j];
+    if (k < 0) continue;  // mask: no class
+    device_check(k < bank.num_classes);
+    const A c = coefficient[j];
+    A center[WIDTH];
+    load_many(bank.mean + k * bank.dims + column, center);
+#pragma unroll
+    for (int w = 0; w < WIDTH; ++w) {
+      const A difference = x[w] - center[w];
+      pull[w] += c * difference;
+      squares[w] += c * difference * difference;
+    }
+  }
+  load_many(bank.var + column, var);
+  A energy = 0;
+#pragma unroll
+  for (int w = 0; w < WIDTH; ++w) {
+    const A inverse = reciprocal(var[w]);
+    pull[w] *= inverse;
+    energy += squares[w] * inverse;
+  }
+  store_many(gradient + column, pull);
+  return energy / 2;
+}
+
+// The energy of the columns of this thread, WIDTH at a time.
+template <class T, int WIDTH>
+__device__ accumulate_t<T> attract_all(const Attraction<accumulate_t<T>>& bank, const T* z,
+                                       accumulate_t<T>* gradient) {
+  const int64_t sample = blockIdx.x, first_class = sample * bank.count, row = sample * bank.dims;
+  accumulate_t<T> energy = 0;
+  for (int64_t column = threadIdx.x * WIDTH; column < bank.dims; column += blockDim.x * WIDTH)
+    energy += attract<T, WIDTH>(bank, z + row, bank.index + first_class,
+                                bank.coefficient + first_class, column, gradient + row);
+  return energy;
+}
+
+template <class A>
+struct AttractionShared {
+  A scratch[kMaxWarps];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads)
+    class_attraction_kernel(const T* z, Attraction<accumulate_t<T>> bank, accumulate_t<T>* energy,
+                            accumulate_t<T>* gradient) {
+  using A = accumulate_t<T>;
+  AttractionShared<A>& shared = shared_memory<AttractionShared<A>>();
+  const bool vectors = vectors_fit(z, bank.dims) && vectors_fit(bank.mean, bank.dims) &&
+                       vectors_fit(bank.var, bank.dims) && vectors_fit(gradient, bank.dims);
+  const A mine = vectors ? attract_all<T, kVectorWidth<T>>(bank, z, gradient)
+                         : attract_all<T, 1>(bank, z, gradient);
+  const A sum = block_sum(mine, shared.scratch);
+  if (threadIdx.x == 0) energy[blockIdx.x] = sum;
+}
+
+// z (B, D) and the bank -> energy (B,), gradient (B, D).
+template <class T, class Launcher>
+void class_attraction(Launcher& launch, const T* z, int64_t batch, Attraction<accumulate_t<T>> bank,
+                      accumulate_t<T>* energy, accumulate_t<T>* gradient) {
+  launch(class_attraction_kernel<T>, batch, kColumnThreads,
+         sizeof(AttractionShared<accumulate_t<T>>), z, bank, energy, gradient);
+}
+
+}  // namespace cwbr::cuda
