@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulation.harness import Emulator, emulated_library
+from kernel_backends import Kernels, assert_equal, kernels_of
 from kernel_inputs import DTYPES, assert_near, classes, rand, randn
-from test_batch_kernels import Kernels, assert_equal
 from torch import Tensor
-from triton_inputs import DEVICE, TRITON
 
-from cwbr_fused import extension, reference_bank
+from cwbr_fused import reference_bank
 from cwbr_fused.reference import accumulation_dtype
 
 INF, NAN = float("inf"), float("nan")
@@ -27,13 +25,7 @@ pytestmark = [
 
 @pytest.fixture(params=["cpu", "triton", "cuda"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param == "triton":
-        return Kernels(TRITON, DEVICE)
-    if request.param == "cuda":
-        return Kernels(Emulator(emulated_library()), "cpu")
-    if (reason := extension.missing("cpu")) is not None:
-        pytest.skip(reason)
-    return Kernels(torch.ops.cwbr_fused, "cpu")
+    return kernels_of(request.param)
 
 
 def assert_confusions(

@@ -5,16 +5,13 @@ Sizes and layouts are those where kernels go wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
+from kernel_backends import Kernels, assert_equal, kernels_of
 from kernel_inputs import DTYPES, EPS, TARGETS, WEIGHTS, assert_near, classes, randn
 from torch import Tensor
-from triton_inputs import DEVICE, TRITON
 
-from cwbr_fused import extension, reference, reference_backward
+from cwbr_fused import reference, reference_backward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -22,31 +19,9 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The operations of one backend, and the device whose tensors they take."""
-
-    operations: Any
-    device: str
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        """The results on the CPU of operation `name`; its arguments are moved to the device."""
-        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
-        result = getattr(self.operations, name)(*moved)
-        return result.cpu() if isinstance(result, Tensor) else tuple(t.cpu() for t in result)
-
-
 @pytest.fixture(params=["cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param == "triton":
-        return Kernels(TRITON, DEVICE)
-    if (reason := extension.missing("cpu")) is not None:
-        pytest.skip(reason)
-    return Kernels(torch.ops.cwbr_fused, "cpu")
-
-
-def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    return kernels_of(request.param)
 
 
 @pytest.mark.parametrize("min_count", [1, 2, 3])

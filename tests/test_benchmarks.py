@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +28,7 @@ SMALL = {w.kind: w for w in (BY_NAME[n].shrunk() for n in ("CUB ResNet-50", "ban
 SMALL["shuffled"] = BY_NAME["shuffled DDP"].shrunk()
 SMALL["pairs"] = BY_NAME["pairs K=64 D=256"].shrunk()
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ CWBR_HOSTILE_EXAMPLES=N draws N new examples per test; without it they are the s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -39,7 +38,10 @@ BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") i
 Gradients = list[Tensor | None]
 COMFORTABLE = {torch.float32: 1e36, torch.float64: 1e300}
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def examples(count: int, backend: str) -> settings:
@@ -52,14 +54,6 @@ def examples(count: int, backend: str) -> settings:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def snapshot(batch: Batch) -> list[Tensor]:

@@ -11,14 +11,15 @@ import pytest
 import torch
 from hostile import DTYPES, FEATURES, INF, LAYOUTS, NAN
 from hypothesis import given
-from test_hostile import BACKENDS, examples, one_thread
+from test_hostile import BACKENDS, examples
 from torch import Tensor
 
 from cwbr_fused import functional, reference
 
-__all__ = ["one_thread"]
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def _one(value: float) -> Callable[[Tensor], Tensor]:
