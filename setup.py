@@ -98,8 +98,10 @@ def extension() -> tuple[Extension, type[Command]]:
                 warn_left_out(error)
 
     target = [f"-DTORCH_TARGET_VERSION={TARGET_CUDA if toolkit else TARGET_CPU}"]
+    # Under a sanitizer -O3 would compile ten times as long what is never shipped.
+    level = "-O1" if "-fsanitize" in os.environ.get("CFLAGS", "") else "-O3"
     # Vectors are passed between inlined functions alone, which no ABI concerns: -Wno-psabi.
-    unix = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
+    unix = [level, "-g0", "-fvisibility=hidden", "-Wno-psabi"]
     optimize = ["/O2"] if os.name == "nt" else unix
     # The CUDA runtime is linked statically, so that the library also loads where there is none.
     runtime = ["cudart_static", "rt", "dl", "pthread"] if toolkit else []
