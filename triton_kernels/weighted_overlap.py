@@ -10,16 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .all_pair_distance import (
+from .all_pair_distance import launch_rows_backward, pair_gradients
+from .common import last_to_arrive, launch, scratch
+from .pair_tiles import (
     launch_partial,
-    launch_rows_backward,
-    pair_gradients,
     store_symmetric,
     tile_distance,
     tile_index,
     tile_is_needed,
 )
-from .common import last_to_arrive, launch, scratch
 
 BLOCK = 1024
 
