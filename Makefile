@@ -5,12 +5,12 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test test-oldest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
 # The compiled kernels are rebuilt whenever a source of theirs is newer than the environment.
-$(READY): requirements-dev.txt pyproject.toml setup.py $(shell find csrc -type f)
+$(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
@@ -18,6 +18,28 @@ $(READY): requirements-dev.txt pyproject.toml setup.py $(shell find csrc -type f
 
 test: $(READY)
 	$(PY) -m pytest
+
+# The tests that lean most on torch, on the oldest torch that is supported and the oldest supported
+# Python that is found. They run on a build of their own, and from tests/, where the checkout's is
+# out of sight. Of Triton, slow in its interpreter, every operation and the loss.
+OLDEST := build/oldest
+OLDEST_PY := .venv-oldest/bin/python
+OLDEST_PYTHON ?= $(shell for python in $(foreach version,3.10 3.11 3.12 3.13,python$(version) \
+	$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(version).*/bin/python)); \
+	do $$python -c "import venv, ensurepip" 2>/dev/null && echo $$python && exit; done; echo $(PYTHON))
+OLDEST_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr features \
+	soft_targets cpu_batch cpu_regularizer cpu_arguments cpu_pair_properties)
+
+.venv-oldest/.ready: requirements-oldest.txt requirements-test.txt
+	test -x $(OLDEST_PY) || $(OLDEST_PYTHON) -m venv .venv-oldest
+	$(OLDEST_PY) -m pip install --quiet --disable-pip-version-check --no-compile -r $<
+	touch $@
+
+test-oldest: .venv-oldest/.ready
+	rm -rf $(OLDEST)/lib
+	CWBR_BUILD=cpu $(OLDEST_PY) setup.py -q build --build-base $(OLDEST)/objects --build-lib $(OLDEST)/lib
+	cd tests && PYTHONPATH=$(CURDIR)/$(OLDEST)/lib ../$(OLDEST_PY) -m pytest $(OLDEST_TESTS) \
+		-k "not triton or changes_no_operation or value_and_gradient_equal_the_reference[6"
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -37,8 +59,8 @@ train: $(READY)
 sanitize:
 	$(MAKE) -C tests/cpp
 
-# The hostile tests with new examples, N per test, on an extension built with the address and
-# undefined-behaviour sanitizers. Compiles for about three minutes.
+# The hostile tests on an extension built with the address and undefined-behaviour sanitizers: N new
+# examples per test, or with N=0 those of `make test`.
 N ?= 5000
 SANITIZED := build/sanitize/package
 soak: $(READY)
@@ -82,4 +104,4 @@ gpu-check: $(READY)
 	$(PY) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info cwbr_fused/_C*.so
+	rm -rf $(VENV) .venv-oldest build dist runs *.egg-info cwbr_fused/_C*.so

@@ -19,16 +19,15 @@ HALVES = [torch.float16, torch.bfloat16]
 
 def half_samples(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments of an operation with its per-sample inputs, features and logits, in `dtype`."""
-    batch = operation_arguments()["class_moments"][0].shape[0]
-
-    def halve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [halve(item) for item in value]
-        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == batch:
-            return value.to(dtype) if value.is_floating_point() else value
-        return value
-
-    return tuple(halve(argument) for argument in operation_arguments(torch.float32)[name])
+    parameters = getattr(torch.ops.cwbr_fused, name).default._schema.arguments
+    arguments = dict(
+        zip((p.name for p in parameters), operation_arguments(torch.float32)[name], strict=True)
+    )
+    for samples in arguments.keys() & {"z", "logits"}:
+        arguments[samples] = arguments[samples].to(dtype)
+    if "features" in arguments:
+        arguments["features"] = [z.to(dtype) for z in arguments["features"]]
+    return tuple(arguments.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
