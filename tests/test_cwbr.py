@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cwbr_models import CLASSES, Network, batch, feature_gradients, warmed_up
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,95 +19,11 @@ from cwbr_fused import CWBR, FeatureCatcher, reference_bank, to_vec
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.health import CWBRWarning
 
-CLASSES = 6
-
-
-class Network(nn.Module):
-    """Two layers that give their features away: a map and a vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 5, 3)
-        self.body = nn.Linear(5, 8)
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        feature_map = self.conv(x)
-        vector = self.body(feature_map.mean((2, 3)).relu())
-        return self.head(vector.relu()), {"conv": feature_map, "body": vector}
-
-
-def batch(seed: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(CLASSES, (size,), generator=generator)
-    return torch.randn(size, 1, 6, 6, generator=generator) + targets[:, None, None, None], targets
-
-
-def warmed_up(network: Network, **options: float) -> CWBR:
-    """A regularizer that has seen a few batches."""
-    cwbr = CWBR(CLASSES, **options)  # type: ignore[arg-type]
-    for seed in range(1, 5):
-        images, targets = batch(seed)
-        logits, features = network(images)
-        cwbr(features, logits, targets)
-        cross_entropy(logits, targets).backward()
-    network.zero_grad()
-    return cwbr
-
-
-def feature_gradients(network: Network, cwbr: CWBR | None, scale: float = 1) -> dict[str, Tensor]:
-    images, targets = batch()
-    logits, features = network(images)
-    for feature in features.values():
-        feature.retain_grad()
-    if cwbr is not None:
-        cwbr(features, logits, targets)
-    (scale * cross_entropy(logits, targets)).backward()
-    return {name: f.grad for name, f in features.items() if f.grad is not None}
-
 
 @pytest.fixture
 def network() -> Network:
     torch.manual_seed(0)
     return Network()
-
-
-def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    mean = torch.randn(4, 5, generator=generator, dtype=torch.float64)
-    var = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
-    index = torch.randint(-1, 4, (7, 3), generator=generator)
-    coefficient = torch.randn(7, 3, generator=generator, dtype=torch.float64)
-    energy, gradient = reference_bank.class_attraction(z, mean, var, index, coefficient)
-    (expected,) = torch.autograd.grad(energy.sum(), z)
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_energy_is_eight_bhattacharyya_distances_halved() -> None:
-    z, mean = torch.randn(1, 5).double(), torch.randn(1, 5).double()
-    var = torch.rand(5).double() + 0.1
-    distance = ((z - mean) ** 2 / (8 * var)).sum()
-    one = torch.ones(1, 1).double()
-    energy, _ = reference_bank.class_attraction(z, mean, var, torch.zeros(1, 1).long(), one)
-    torch.testing.assert_close(energy[0], 4 * distance)
-
-
-def test_confusions_are_the_most_probable_other_seen_classes() -> None:
-    logits = torch.tensor([[5.0, 4.0, 3.0, 3.0, 1.0], [0.0, 9.0, 2.0, 2.0, 1.0]])
-    seen = torch.tensor([True, True, False, True, True])
-    index, weight, own = reference_bank.top_confusions(logits, torch.tensor([0, 1]), seen, 2)
-    assert index.tolist() == [[1, 3], [3, 4]]
-    torch.testing.assert_close(weight, logits.softmax(1).gather(1, index))
-    torch.testing.assert_close(own, logits.softmax(1)[[0, 1], [0, 1]])
-
-
-def test_ties_go_to_the_smaller_class_and_missing_candidates_are_marked() -> None:
-    logits = torch.zeros(2, 4)
-    seen = torch.tensor([True, False, True, True])
-    index, weight, _ = reference_bank.top_confusions(logits, torch.tensor([2, 0]), seen, 3)
-    assert index.tolist() == [[0, 3, -1], [2, 3, -1]]
-    assert weight.tolist() == [[0.25, 0.25, 0.0]] * 2
 
 
 def test_added_gradient_has_the_promised_length(network: Network) -> None:
@@ -159,29 +76,6 @@ def test_batches_of_one_sample_per_class_serve(network: Network) -> None:
         cwbr(features, logits, targets)
         cross_entropy(logits, targets).backward()
     assert cwbr.health()["conv"]["reg_norm"] > 0
-
-
-def test_bank_averages_first_and_then_follows() -> None:
-    bank = ClassBank(3, 1, momentum=0.75)
-    for value in (1.0, 2.0, 3.0, 4.0, 8.0):
-        moments = torch.tensor([[value]]), torch.zeros(1, 1)
-        bank.follow(bank.observe(torch.tensor([1]), torch.tensor([1]), *moments))
-    average = (1 + 2 + 3 + 4) / 4
-    torch.testing.assert_close(bank.mean[1, 0].item(), average + 0.25 * (8 - average))
-    assert bank.mean[[0, 2]].eq(0).all()
-    assert bank.count.tolist() == [0, 5, 0]
-
-
-def test_bank_variance_approaches_that_within_the_classes() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bank = ClassBank(2, 3, momentum=0.9)
-    sigma, centres = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[-50.0], [50.0]])
-    for _ in range(400):
-        samples = centres + sigma * torch.randn(2, 3, generator=generator)
-        moments = samples, torch.zeros(2, 3)
-        bank.follow(bank.observe(torch.arange(2), torch.ones(2), *moments))
-    # About a mean that moves by a tenth: larger by 1 + 0.1 / 1.9.
-    torch.testing.assert_close(bank.var / sigma**2, torch.full((3,), 1.05), rtol=0.35, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -302,67 +196,6 @@ def test_bad_batches_are_named(network: Network) -> None:
     cwbr(features["body"], logits, targets)
     with pytest.raises(ValueError, match=r"features.*D = 8"):
         cwbr(features["conv"], logits, targets)
-
-
-class Plain(nn.Module):
-    """`Network` without the features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = Network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        feature_map = self.network.conv(x)
-        return self.network.head(self.network.body(feature_map.mean((2, 3)).relu()).relu())
-
-
-def parameter_gradients(mode: str) -> list[Tensor]:
-    """After four training steps with tensor hooks, with taps, or with taps in a compiled model."""
-    torch.manual_seed(0)
-    model = Plain()
-    cwbr = CWBR(CLASSES)
-    names = ["network.conv", "network.body"]
-    catcher = FeatureCatcher(model, names) if mode == "hooks" else cwbr.catch(model, names)
-    called = torch.compile(model, fullgraph=True) if mode == "compiled" else model
-    for seed in range(4):
-        images, targets = batch(seed)
-        logits = called(images)
-        cwbr(catcher.feats, logits, targets)
-        model.zero_grad()
-        cross_entropy(logits, targets).backward()
-    assert min(h["reg_norm"] for h in cwbr.health().values()) > 0
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize("mode", ["taps", "compiled"])
-def test_taps_do_what_tensor_hooks_do(mode: str) -> None:
-    for ours, theirs in zip(parameter_gradients(mode), parameter_gradients("hooks"), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_a_tap_adds_once_and_not_without_the_regularizer() -> None:
-    torch.manual_seed(0)
-    model, cwbr = Plain(), CWBR(CLASSES)
-    catcher = cwbr.catch(model, ["network.conv"])
-    images, targets = batch()
-    gradients = []
-    for regularized in (True, True, True, False):
-        logits = model(images)
-        if regularized:
-            cwbr(catcher.feats, logits, targets)
-        model.zero_grad()
-        cross_entropy(logits, targets).backward()
-        gradients.append(model.network.conv.weight.grad)
-    (plain,) = torch.autograd.grad(cross_entropy(model(images), targets), model.network.conv.weight)
-    torch.testing.assert_close(gradients[-1], plain)
-    assert not torch.allclose(gradients[-2], plain, rtol=1e-3)
-
-
-def test_copies_of_the_module_have_taps_of_their_own() -> None:
-    model, cwbr = Plain(), CWBR(CLASSES)
-    cwbr.catch(model, ["network.conv"])
-    copied = copy.deepcopy(cwbr)
-    assert copied._taps["network.conv"] is not cwbr._taps["network.conv"]
 
 
 def test_one_hot_soft_targets_are_class_indices() -> None:
