@@ -295,8 +295,8 @@ class CWBR(nn.Module):
         if labels.shape[1] > 1:
             also_own = (index[:, :, None] == labels[:, None, 1:]) & (shares[:, None, 1:] > 0)
             index = torch.where(also_own.any(2), -1, index)
-            other = logits.gather(1, labels[:, 1:]) - logits.gather(1, labels[:, :1])
-            own = own * (1 + torch.where(shares[:, 1:] > 0, other.exp(), 0).sum(1))
+            probs = logits.to(own.dtype).softmax(1).gather(1, labels)
+            own = torch.where(shares > 0, probs, 0).sum(1)
         index = torch.cat([labels, index], 1)
         coefficient = torch.cat([shares.to(own.dtype), -self.push * probability], 1)
         # A sample whose own class is new is left alone: pushing it would have no counterweight.

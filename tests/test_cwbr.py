@@ -237,6 +237,22 @@ def test_a_mixed_sample_is_pulled_to_both_of_its_classes(network: Network) -> No
     )
 
 
+def test_mixed_targets_of_far_apart_logits_keep_the_gradient_finite(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, _ = batch()
+    _, features = network(images)
+    logits = torch.zeros(len(images), CLASSES)
+    logits[:, 2] = 300  # the probability of class 1 underflows, and the ratio of the two overflows
+    mixed = torch.zeros(len(images), CLASSES)
+    mixed[:, 1], mixed[:, 2] = 0.7, 0.3
+    body = features["body"]
+    body.retain_grad()
+    cwbr(features, logits, mixed)
+    body.sum().backward()
+    assert body.grad is not None
+    assert body.grad.isfinite().all()
+
+
 def test_bad_soft_targets_are_named(network: Network) -> None:
     images, _ = batch()
     logits, features = network(images)
