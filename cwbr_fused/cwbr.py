@@ -137,12 +137,15 @@ class CWBR(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        soft = validation.is_soft(targets)
-        if soft:
-            validation.check_soft_batch(logits, targets)
-        else:
-            validation.check_batch(logits, targets)
-        self._check_options_of_call(logits, soft)
+        soft = validation.check_any_targets(logits, targets)
+        processes = self._processes()
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits: expected C = num_classes = {self.num_classes} columns, "
+                f"got {validation.describe(logits)}"
+            )
+        if soft and processes is not None:
+            raise ValueError("targets: expected class indices with group, got soft targets")
         layers = validation.named_layers(features, logits)
         backend = backends.resolve(self.backend, logits.device.type)
         pooled = {name: self._pooled(name, layer) for name, layer in layers.items()}
@@ -153,22 +156,23 @@ class CWBR(nn.Module):
         train = self.training and torch.is_grad_enabled()
         if train:
             self._warn_of_misses()
-            classes, size, moments = self._moments(backend, vectors, targets)
-            ratio = self.ratio * self._mean(own)
+            classes, size, moments = self._moments(backend, vectors, targets, processes)
+            ratio = self.ratio * self._mean(own, processes)
 
         energies = []
         for layer, (name, bank) in enumerate(banks.items()):
             z = vectors[layer]
             move = bank.observe(classes, size, *moments[layer]) if train else None
+            var = bank.metric()
             energy, pull = OPERATIONS[backend].class_attraction(
-                z, bank.mean, bank.metric(), index, coefficient.to(bank.mean.dtype)
+                z, bank.mean, var, index, coefficient.to(bank.mean.dtype)
             )
             energies.append(energy.mean() / z.shape[1])
             if move is not None:
                 bank.follow(move)
                 # Its length does not matter; without units it fits in half precision.
-                pull = pull * bank.metric().mean().sqrt()
-                self._lay_ready(name, layers[name], pooled[name], pull, ratio)
+                pull = self._spread(pooled[name], pull * var.mean().sqrt())
+                self._lay_ready(name, layers[name], Balance(pull, ratio, processes))
         return torch.stack(energies).mean()
 
     def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
@@ -219,15 +223,6 @@ class CWBR(nn.Module):
                     factory = {"dtype": mean.dtype, "device": mean.device}
                     self.banks[key] = ClassBank(classes, dims, self.momentum, **factory)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _check_options_of_call(self, logits: Tensor, soft: bool) -> None:
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"logits: expected C = num_classes = {self.num_classes} columns, "
-                f"got {validation.describe(logits)}"
-            )
-        if soft and self._processes() is not None:
-            raise ValueError("targets: expected class indices with group, got soft targets")
 
     def _processes(self) -> ProcessGroup | None:
         if self.group is None:
@@ -304,10 +299,13 @@ class CWBR(nn.Module):
         return torch.where(known, index, -1), coefficient, own
 
     def _moments(
-        self, backend: str, vectors: list[Tensor], targets: Tensor
+        self,
+        backend: str,
+        vectors: list[Tensor],
+        targets: Tensor,
+        processes: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Classes (K,), how many samples each has, and their moments (K, D) at every layer."""
-        processes = self._processes()
         if processes is not None:
             from cwbr_fused import distributed
 
@@ -324,19 +322,15 @@ class CWBR(nn.Module):
         moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
         return classes, offsets.diff(), moments
 
-    def _mean(self, own: Tensor) -> Tensor:
-        processes = self._processes()
+    def _mean(self, own: Tensor, processes: ProcessGroup | None) -> Tensor:
         if processes is None:
             return own.mean()
         from cwbr_fused import distributed
 
         return distributed.mean_over_samples(own, processes)
 
-    def _lay_ready(
-        self, name: str, layer: Tensor, pooled: Pooled, pull: Tensor, ratio: Tensor
-    ) -> None:
+    def _lay_ready(self, name: str, layer: Tensor, balance: Balance) -> None:
         """Puts the gradient where the backward pass will come by."""
-        balance = Balance(self._spread(pooled, pull), ratio, self._processes())
         self._balances[name] = balance
         if name in self._taps:
             self._taps[name].balance = balance

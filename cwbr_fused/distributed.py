@@ -159,13 +159,24 @@ def class_moments(
         moments: for each layer mean and variance, (K, D_l) each.
     """
     groups = _global_groups(targets, num_classes, 1, group)
+    moments = _layer_moments(groups, features, 0.0, backend, group)
+    return groups.classes, groups.counts, moments
+
+
+def _layer_moments(
+    groups: _GlobalGroups,
+    features: Sequence[Tensor],
+    eps: float,
+    backend: str,
+    group: ProcessGroup,
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance (K, D_l) at each layer, of all processes' samples."""
     share = groups.share.to(reference.accumulation_dtype(features[0].dtype))
     mean, var = GlobalClassMoments.apply(
-        groups.order, groups.offsets, share, 0.0, backend, group, *features
+        groups.order, groups.offsets, share, eps, backend, group, *features
     )
     widths = [z.shape[1] for z in features]
-    moments = list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
-    return groups.classes, groups.counts, moments
+    return list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
 
 
 def mean_over_samples(values: Tensor, group: ProcessGroup) -> Tensor:
@@ -208,14 +219,11 @@ def regularizer(
     if classes.shape[0] < 2:
         return torch.stack([z[:0].sum().to(dtype) for z in features]).sum()
 
-    order, offsets, share = groups.order, groups.offsets, groups.share.to(dtype)
-    own_probs = reference.mean_probs(logits.detach(), order, offsets, classes)
-    mean_probs = all_reduce(share * own_probs.to(dtype), group)
+    own_probs = reference.mean_probs(logits.detach(), groups.order, groups.offsets, classes)
+    mean_probs = all_reduce(groups.share.to(dtype) * own_probs.to(dtype), group)
     alpha = ((mean_probs + mean_probs.T) / 2).fill_diagonal_(0)
 
-    mean, var = GlobalClassMoments.apply(order, offsets, share, eps, backend, group, *features)
-    widths = [z.shape[1] for z in features]
-    moments = list(zip(mean.split(widths, dim=1), var.split(widths, dim=1), strict=True))
+    moments = _layer_moments(groups, features, eps, backend, group)
     if adjustment != Adjustment():
         chosen = select_pairs(alpha, top_m, eps, backend)
         distance, weights = layer_distances(chosen, moments, counts, eps, adjustment)

@@ -100,11 +100,7 @@ def loss(
     validation.check_options(top_m, eps, objective, min_count)
     validation.check_adjustment(temperature, shrinkage, noise_floor, min_count)
     validation.check_group(group)
-    soft = validation.is_soft(targets)
-    if soft:
-        validation.check_soft_batch(logits, targets)
-    else:
-        validation.check_batch(logits, targets)
+    soft = validation.check_any_targets(logits, targets)
     vectors = common_vectors(features, logits)
     dtype = accumulation_dtype(vectors[0].dtype)
     name = backends.resolve(backend, logits.device.type)

@@ -144,6 +144,16 @@ def check_batch(logits: object, targets: object) -> None:
     check_range("targets", targets, 0, classes, "as logits has C = {high} columns")
 
 
+def check_any_targets(logits: object, targets: object) -> bool:
+    """logits (B, C) with class indices (B,) or soft targets (B, C); whether they are soft."""
+    if is_soft(targets):
+        assert isinstance(targets, Tensor)
+        check_soft_batch(logits, targets)
+        return True
+    check_batch(logits, targets)
+    return False
+
+
 def is_soft(targets: object) -> bool:
     """Whether targets are meant as class probabilities (B, C) instead of indices (B,)."""
     return isinstance(targets, Tensor) and targets.dim() == 2 and targets.dtype.is_floating_point

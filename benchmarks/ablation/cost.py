@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS, Glyphs
+from benchmarks.ablation.training import take_step
 from cwbr_fused import FeatureCatcher
 
 COST = Path(__file__).parents[1] / "results" / "ablation_cost.csv"
@@ -36,13 +36,7 @@ def measure(setting_name: str) -> tuple[float, float]:
     for images, targets in Glyphs(setting, 0).batches("shuffle"):
         for name, step in methods.items():
             started = time.thread_time()
-            logits = network(images)
-            ce = cross_entropy(logits, targets)
-            total = step(catcher.feats, logits, targets, ce)
-            catcher.clear()
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
+            take_step(network, catcher, optimizer, step, images, targets)
             seconds[name].append(time.thread_time() - started)
     plain, ours = (seconds[name][WARM_UP:] for name in methods)
     ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))

@@ -7,7 +7,7 @@ differentiate.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class RandomPartners(CWBR):
 class FixedRatio(CWBR):
     """The same share of the gradient from the first step to the last."""
 
-    def _mean(self, own: Tensor) -> Tensor:
+    def _mean(self, own: Tensor, processes: Any) -> Tensor:
         return own.new_ones(())
 
 

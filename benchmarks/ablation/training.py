@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.ablation.methods import METHODS
+from benchmarks.ablation.methods import METHODS, Step
 from benchmarks.ablation.settings import SETTINGS, Glyphs, Setting
 from benchmarks.ablation.summary import Job
 from cwbr_fused import FeatureCatcher, to_vec
@@ -52,7 +52,7 @@ def _train(
     setting: Setting,
     network: nn.Module,
     catcher: FeatureCatcher,
-    step: Any,
+    step: Step,
     data: Glyphs,
     kind: str,
 ) -> None:
@@ -62,14 +62,26 @@ def _train(
     )
     network.train()
     for images, targets in data.batches(kind):
-        logits = network(images)
-        ce = cross_entropy(logits, targets)
-        total = step(catcher.feats, logits, targets, ce)
-        catcher.clear()
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        optimizer.step()
+        take_step(network, catcher, optimizer, step, images, targets)
         schedule.step()
+
+
+def take_step(
+    network: nn.Module,
+    catcher: FeatureCatcher,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    images: Tensor,
+    targets: Tensor,
+) -> None:
+    """One training step with a method."""
+    logits = network(images)
+    ce = cross_entropy(logits, targets)
+    total = step(catcher.feats, logits, targets, ce)
+    catcher.clear()
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
 
 
 @torch.no_grad()
