@@ -9,23 +9,16 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from test_compile import NoWait, on
-from test_shrinkage import ADJUSTED, batch
+from adjusted_batches import ADJUSTED, batch, smoothed
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import one_hot
 
 import cwbr_fused
-from cwbr_fused import backends, reference, soft_targets
+from cwbr_fused import reference, soft_targets
 
 EPS = 1e-6
 OPTIONS: list[dict[str, Any]] = [{}, *ADJUSTED]
 options_too = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-def smoothed(y: Tensor, classes: int, amount: float) -> Tensor:
-    return one_hot(y, classes).double() * (1 - amount) + amount / classes
 
 
 def mixed(y: Tensor, classes: int) -> Tensor:
@@ -172,40 +165,6 @@ def test_the_module_takes_soft_targets_and_changes_none_of_its_inputs() -> None:
     module = cwbr_fused.ConfusionWeightedBhatReg(["a"], shrinkage="analytic")
     assert 0 < module(*given).item() < 1
     torch.testing.assert_close(given, before, rtol=0, atol=0)
-
-
-def test_one_graph_serves_every_batch_size() -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(z: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        return cwbr_fused.loss(z, logits, targets, top_m=8, shrinkage="analytic", noise_floor=True)
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for seed, size in enumerate((16, 23, 31)):
-        z, logits, y = batch(seed, size, 5, 40)
-        results = []
-        for function in (compiled, step):
-            leaf, targets = z.clone().requires_grad_(), smoothed(y, 40, 0.05)
-            for tensor in (leaf, logits, targets):
-                torch._dynamo.mark_dynamic(tensor, 0)
-            value = function(leaf, logits, targets)
-            results.append((value, *torch.autograd.grad(value, leaf)))
-        torch.testing.assert_close(*results)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-2]], ids=str)
-def test_a_step_waits_for_no_value(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backends, "resolve", lambda name, device_type: "triton")
-    with FakeTensorMode():
-        z, logits, _ = on("meta")
-        z.requires_grad_()
-        with NoWait("meta"):
-            cwbr_fused.loss(z, logits, logits.softmax(1), top_m=8, **options).backward()
-        assert z.grad is not None
 
 
 def test_broken_soft_targets_stop_a_compiled_step() -> None:
