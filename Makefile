@@ -69,7 +69,7 @@ soak: $(READY)
 		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib CWBR_HOSTILE_EXAMPLES=$(N) \
-		$(VENV)/bin/pytest tests/test_hostile.py tests/test_hostile_pairs.py -k cpu
+		$(VENV)/bin/pytest tests/test_hostile*.py -k cpu
 
 # The API reference, into build/docs.
 docs: $(READY)

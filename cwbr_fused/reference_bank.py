@@ -40,8 +40,11 @@ def top_confusions(
     dtype = accumulation_dtype(logits.dtype)
     classes = logits.shape[1]
     scores = logits.to(dtype)
-    normalizer = scores.logsumexp(1)
-    own = (scores.gather(1, targets[:, None].long())[:, 0] - normalizer).exp()
+    # Beside large logits a logarithm rounds away: the sum is taken beside their largest.
+    level = scores.logsumexp(1, keepdim=True)
+    level = torch.where(level.isfinite(), level, 0)
+    log_mass = (scores - level).logsumexp(1, keepdim=True)
+    own = (scores.gather(1, targets[:, None].long()) - level - log_mass).exp()[:, 0]
     finite = (scores < torch.inf).all(1)[:, None]
     candidate = seen & (torch.arange(classes, device=logits.device) != targets[:, None])
     scores = torch.where(candidate & finite, scores, -torch.inf)
@@ -49,7 +52,7 @@ def top_confusions(
     width = max(0, min(top, classes - 1))
     value, index = value[:, :width], index[:, :width]
     usable = value > -torch.inf
-    weight = torch.where(usable, (value - normalizer[:, None]).exp(), 0)
+    weight = torch.where(usable, (value - level - log_mass).exp(), 0)
     return torch.where(usable, index, -1), weight, own
 
 

@@ -112,7 +112,7 @@ def test_logits_that_are_not_finite_spoil_their_row_alone(
 
 
 def test_logits_near_the_largest_number_do_not_overflow(kernels: Kernels) -> None:
-    """Beside them the reference's log(sum(exp)) rounds away its logarithm; softmax does not."""
+    """Beside them log(sum(exp)) rounds away its logarithm; softmax does not."""
     logits = randn(4, 50).sign() * torch.finfo(torch.float32).max
     logits[:, ::3] = randn(4, 17)
     targets, everything = classes(4, 50), torch.ones(50, dtype=torch.bool)
