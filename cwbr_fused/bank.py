@@ -72,19 +72,21 @@ class ClassBank(nn.Module):
             The moves of the means that are due.
         """
         finite = var.sum(1).isfinite()  # nor is it where the mean is not
-        size = torch.where((classes >= 0) & (size > 0) & finite, size, 0).to(self.count.dtype)
+        usable = (classes >= 0) & (size > 0) & finite
+        size = torch.where(usable, size, 0).to(self.count.dtype)
         rows = classes.clamp(min=0)
-        before = self.count[rows]
-        difference = torch.where(size[:, None] > 0, mean - self.mean[rows], 0)
+        difference = mean - self.mean.index_select(0, rows)
+        difference.masked_fill_(~usable[:, None], 0)
 
-        known = torch.where(before > 0, size, 0)
+        known = torch.where(self.count.index_select(0, rows) > 0, size, 0)
         total = known.sum()
         any_known = (total > 0).to(total.dtype)
-        scatter = torch.where(known[:, None] > 0, var + difference.square(), 0)
+        scatter = torch.addcmul(var, difference, difference)
+        scatter.masked_fill_(known[:, None] == 0, 0)  # 0 times what is not finite is not 0
         now = (known / (total + (1 - any_known))) @ scatter
         self.updates += any_known
         pace = (1 / self.updates.clamp(min=1)).clamp(min=1 - VARIANCE_MOMENTUM)
-        self.var += any_known * pace * (now - self.var)
+        self.var.lerp_(now, any_known * pace)
         return Move(rows, size, difference)
 
     @torch.no_grad()

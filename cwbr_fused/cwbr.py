@@ -172,7 +172,8 @@ class CWBR(nn.Module):
                 bank.follow(move)
                 # Its length does not matter; without units it fits in half precision.
                 pull = self._spread(pooled[name], pull * var.mean().sqrt())
-                self._lay_ready(name, layers[name], Balance(pull, ratio, processes))
+                balance = Balance(pull, ratio, processes, self._balances.get(name))
+                self._lay_ready(name, layers[name], balance)
         return torch.stack(energies).mean()
 
     def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
@@ -199,9 +200,10 @@ class CWBR(nn.Module):
 
         Returns:
             By layer: "ce_norm", the length of the loss's gradient at the feature; "reg_norm", that
-            of what was added; "cosine" between the two. Layers that no gradient reached are absent.
+            of what was added; "cosine" between the two, measured in the first two of every 16
+            backward passes. Layers that no gradient reached are absent.
         """
-        balances = {name: b for name, b in self._balances.items() if b.record is not None}
+        balances = {name: b for name, b in self._balances.items() if b.norms is not None}
         return {name: b.numbers() for name, b in balances.items()}
 
     def extra_repr(self) -> str:
@@ -339,7 +341,7 @@ class CWBR(nn.Module):
 
     def _warn_of_misses(self) -> None:
         for name, balance in self._balances.items():
-            self._misses[name] = 0 if balance.record is not None else 1 + self._misses.get(name, 0)
+            self._misses[name] = 0 if balance.norms is not None else 1 + self._misses.get(name, 0)
             if self._misses[name] == MISSES_BEFORE_WARNING:
                 warnings.warn(
                     f"CWBR has no effect on {name}: no gradient of the loss reached it in "

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwbr_fused import CWBR, FeatureCatcher, reference_bank, to_vec
+from cwbr_fused.balance import COSINE_EVERY
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.health import CWBRWarning
 
@@ -27,7 +28,8 @@ def network() -> Network:
 
 
 def test_added_gradient_has_the_promised_length(network: Network) -> None:
-    cwbr = warmed_up(network, ratio=0.8)
+    cwbr = CWBR(CLASSES, ratio=0.8)  # a fresh one measures the cosine
+    cwbr.load_state_dict(warmed_up(network).state_dict())
     plain = feature_gradients(network, None)
     balanced = feature_gradients(network, cwbr)
     images, targets = batch()
@@ -40,6 +42,20 @@ def test_added_gradient_has_the_promised_length(network: Network) -> None:
     torch.testing.assert_close(health["body"]["reg_norm"], added.norm().item())
     cosine = torch.cosine_similarity(added.flatten(), plain["body"].flatten(), dim=0)
     torch.testing.assert_close(health["body"]["cosine"], cosine.item(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_cosine_is_measured_now_and_then(network: Network) -> None:
+    cwbr = CWBR(CLASSES)
+    cosines = []
+    for seed in range(COSINE_EVERY + 2):
+        images, targets = batch(seed)
+        logits, features = network(images)
+        cwbr(features, logits, targets)
+        cross_entropy(logits, targets).backward()
+        cosines.append(cwbr.health()["body"]["cosine"])
+    assert cosines[0] == 0 != cosines[1]
+    assert set(cosines[2:COSINE_EVERY]) == {cosines[1]}
+    assert len({*cosines}) == 4
 
 
 def test_added_gradient_points_along_the_energy(network: Network) -> None:
