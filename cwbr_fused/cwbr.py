@@ -179,8 +179,9 @@ class CWBR(nn.Module):
     def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
         """Catches features of a model so that CWBR acts on it also when it is compiled.
 
-        Taps go behind the layers, and a `FeatureCatcher` behind the taps. Call it before the
-        compiled model is first called; of a compiled model the names of the original are meant.
+        Taps go behind the layers, before their other forward hooks, and a `FeatureCatcher` behind
+        the taps. Call it before the compiled model is first called; of a compiled model the names
+        of the original are meant.
 
         Args:
             model: where to look the layers up.
@@ -189,11 +190,15 @@ class CWBR(nn.Module):
         Returns:
             The catcher, whose `feats` are to be passed to this module; `remove` leaves the taps,
             which then do nothing.
+
+        Raises:
+            TypeError, ValueError: as `FeatureCatcher`, which then leaves the model as it was.
         """
+        catcher = FeatureCatcher(model, layers)
         for name in layers:
             self._taps[name] = Tap()
-            find_layer(model, name).register_forward_hook(self._taps[name])
-        return FeatureCatcher(model, layers)
+            find_layer(model, name).register_forward_hook(self._taps[name], prepend=True)
+        return catcher
 
     def health(self) -> dict[str, dict[str, float]]:
         """What the latest backward pass met at each layer; waits for the device.

@@ -47,7 +47,7 @@ def check_index_tensor(name: str, value: object, length: int | None, what: str) 
     if value.dim() != 1 or (length is not None and value.shape[0] != length):
         hint = ""
         if value.dim() == 2 and value.dtype.is_floating_point:
-            hint = "; soft targets are for cwbr_fused.loss alone, pass class indices"
+            hint = "; soft targets are for cwbr_fused.loss and CWBR, pass class indices"
         raise ValueError(
             f"{name}: expected shape {what.format(n=length)}, got {describe(value)}{hint}"
         )

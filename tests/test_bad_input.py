@@ -100,7 +100,7 @@ CASES: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "y soft",
         lambda: functional.class_stats_diag(Z, LOGITS.softmax(1)),
         ValueError,
-        r"y: .*soft targets are for cwbr_fused.loss alone",
+        r"y: .*soft targets are for cwbr_fused.loss and CWBR",
     ),
     ("targets list", lambda: loss(targets=Y.tolist()), TypeError, r"targets: .*list"),
     (

@@ -67,6 +67,13 @@ def test_a_tap_adds_once_and_not_without_the_regularizer() -> None:
     assert not torch.allclose(gradients[-2], plain, rtol=1e-3)
 
 
+def test_a_bad_name_leaves_the_model_as_it_was() -> None:
+    model, cwbr = Plain(), CWBR(CLASSES)
+    with pytest.raises(ValueError, match=r"no layer 'network\.cnov'; did you"):
+        cwbr.catch(model, ["network.conv", "network.cnov"])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_copies_of_the_module_have_taps_of_their_own() -> None:
     model, cwbr = Plain(), CWBR(CLASSES)
     cwbr.catch(model, ["network.conv"])
