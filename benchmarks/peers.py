@@ -170,8 +170,30 @@ def most_confused(inputs: Inputs) -> Chosen:
     return rows.flatten(), columns.flatten()
 
 
+def attraction(inputs: Inputs) -> Tensor:
+    """`CWBR`'s energy as its docstring has it, every class seen: the mean over samples and layers.
+
+    A (B, 1 + top_m, D) tensor of differences per layer.
+    """
+    assert inputs.logits is not None
+    assert inputs.targets is not None
+    assert inputs.workload.top_m is not None
+    own = inputs.targets[:, None]
+    with torch.no_grad():
+        others = inputs.logits.softmax(1).scatter(1, own, -1)
+        probability, confused = others.topk(inputs.workload.top_m)
+        index = torch.cat([own, confused], 1)
+        coefficient = torch.cat([torch.ones_like(probability[:, :1]), -probability], 1)
+    values = []
+    for z, mean, var in zip(inputs.features, inputs.bank_means, inputs.bank_vars, strict=True):
+        distance = ((z[:, None] - mean[index]) ** 2 / (2 * var)).sum(-1)
+        values.append((coefficient * distance).sum(1).mean() / z.shape[1])
+    return torch.stack(values).mean()
+
+
 AROUND: dict[str, Callable[[Inputs, Overlap], Tensor]] = {
     "loss": loss,
     "pairs": pairs,
     "bank": bank,
+    "cwbr": lambda inputs, overlap: attraction(inputs),
 }

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ import cwbr_fused
 from benchmarks import peers
 from benchmarks.workloads import EPS, Inputs, Workload
 from cwbr_fused import backends, reference
-from cwbr_fused.ops import PairDistance
+from cwbr_fused.ops import OPERATIONS, PairDistance
 
 PLAIN = "plain"
 MEMORY_LIMIT = 8e9
@@ -43,7 +44,7 @@ class Provider:
     call: Callable[[Inputs], Tensor]
     copies: tuple[float, float] = (0, 0)
     chosen_only: bool = False
-    kinds: tuple[str, ...] = ("loss", "pairs", "bank")
+    kinds: tuple[str, ...] = ("loss", "pairs", "bank", "cwbr")
     most_groups: float = float("inf")
     missing: str | None = None
 
@@ -71,6 +72,8 @@ def fused(inputs: Inputs, backend: str) -> Tensor:
         return cwbr_fused.loss(
             inputs.features, inputs.logits, inputs.targets, top_m=workload.top_m, backend=backend
         )
+    if workload.kind == "cwbr":
+        return _fused_attraction(inputs, backend)
     assert inputs.weights is not None
     if workload.kind == "pairs":
         return cwbr_fused.functional.bhat_confusion_loss(
@@ -80,8 +83,15 @@ def fused(inputs: Inputs, backend: str) -> Tensor:
 
 
 def _fused_bank(inputs: Inputs, weights: Tensor, backend: str) -> Tensor:
-    """The bank rows that occur in a pair join the batch's; the pairs index the joined rows."""
-    rows, columns = peers.most_confused(inputs)
+    """The bank rows that occur in a pair join the batch's; the pairs index the joined rows.
+
+    The largest columns of a row by the operation that finds the largest logits.
+    """
+    workload, own = inputs.workload, inputs.targets
+    everything = torch.ones(workload.classes, dtype=torch.bool, device=weights.device)
+    found, *_ = OPERATIONS[backend].top_confusions(weights, own, everything, workload.top_m)
+    rows = torch.arange(len(found), device=found.device).repeat_interleave(found.shape[1])
+    columns = found.flatten()
     joined = torch.arange(len(columns), device=rows.device) + len(weights)
     pairs = torch.stack([rows, joined], dim=1)
     moments = zip(inputs.means, inputs.vars, inputs.bank_means, inputs.bank_vars, strict=True)
@@ -93,6 +103,37 @@ def _fused_bank(inputs: Inputs, weights: Tensor, backend: str) -> Tensor:
         )
         d = PairDistance.apply(means, variances, pairs, EPS, backend)
         values.append(reference.overlap(d, weights[rows, columns], EPS, False))
+    return torch.stack(values).mean()
+
+
+class _Attraction(torch.autograd.Function):
+    """Mean energy of a layer over samples and dimensions; its gradient comes with it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *others: Any) -> Tensor:
+        *arguments, backend = others
+        energy, ctx.gradient = OPERATIONS[backend].class_attraction(z, *arguments)
+        return energy.mean() / z.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * (grad / ctx.gradient.numel()), *(None,) * 5
+
+
+def _fused_attraction(inputs: Inputs, backend: str) -> Tensor:
+    """The two operations of `CWBR`: the classes once per step, then each layer's energy."""
+    assert inputs.logits is not None
+    assert inputs.targets is not None
+    seen = torch.ones(inputs.workload.classes, dtype=torch.bool, device=inputs.logits.device)
+    confused, probability, _ = OPERATIONS[backend].top_confusions(
+        inputs.logits, inputs.targets, seen, inputs.workload.top_m
+    )
+    index = torch.cat([inputs.targets[:, None], confused], 1)
+    coefficient = torch.cat([torch.ones_like(probability[:, :1]), -probability], 1)
+    layers = zip(inputs.features, inputs.bank_means, inputs.bank_vars, strict=True)
+    values = [
+        _Attraction.apply(z, mean, var, index, coefficient, backend) for z, mean, var in layers
+    ]
     return torch.stack(values).mean()
 
 
@@ -117,7 +158,12 @@ def table(device: str) -> dict[str, Provider]:
     providers = [
         Provider(PLAIN, partial(peer, overlap=peers.plain), (4, 8)),
         Provider("plain compiled", compiled(peers.plain), (0, 2)),
-        Provider("chunked", partial(peer, overlap=peers.chunked), (0, 4.2)),
+        Provider(
+            "chunked",
+            partial(peer, overlap=peers.chunked),
+            (0, 4.2),
+            kinds=("loss", "pairs", "bank"),
+        ),
         # Against a bank it fails: one step at C = 10,000 takes more than 12 GB.
         Provider(
             "chunked checkpoint",

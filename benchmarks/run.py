@@ -67,20 +67,21 @@ def units(sessions: list[Session]) -> Iterator[Unit]:
     """All of them, the most wanted first. The first session, of one thread, does everything."""
     figure, others = SWEEP[:6], SWEEP[6:]
     one = sessions[0]
-    for workload in (*REALISTIC, *figure):
-        yield _workload_unit(one, workload, "time_ms")
-        yield _workload_unit(one, workload, "peak_extra_mb")
+    for metric in ("time_ms", "peak_extra_mb"):
+        for workload in (*REALISTIC, *figure):
+            yield _workload_unit(one, workload, metric)
     for session in sessions:
-        if session.device == "cpu":
-            yield _machine_unit(session)
-        for case in operations.cases():
-            yield _operation_unit(session, case, session is one)
         yield _training_unit(session)
     for workload in REALISTIC:
         yield _workload_unit(one, workload, "calls")
     for session in sessions[1:]:
         for workload in (*REALISTIC, *figure[1:4]):
             yield _workload_unit(session, workload, "time_ms")
+    for session in sessions:
+        if session.device == "cpu":
+            yield _machine_unit(session)
+        for case in operations.cases():
+            yield _operation_unit(session, case, session is one)
     for workload in others:
         yield _workload_unit(one, workload, "time_ms")
 

@@ -84,6 +84,8 @@ def sizes(workload: Workload) -> str:
     pairs = "all pairs" if workload.top_m is None else f"top {workload.top_m}"
     if workload.kind == "bank":
         return f"{workload.groups} x {workload.classes:,}, D={dims}, {pairs} per row"
+    if workload.kind == "cwbr":
+        pairs += " per sample"
     return f"B={workload.batch}, C={workload.classes:,}, D={dims}, {pairs}"
 
 

@@ -1,10 +1,12 @@
 """What is measured: named problems of realistic size, made from a seed.
 
-Three kinds:
+Four kinds:
 - "loss": the whole regularizer of one training step, from features, logits and targets;
 - "pairs": one layer's overlap of all pairs of K classes, from their moments;
 - "bank": K classes of a batch against C class moments that outlive it, the `top_m` most confused
-  columns of each row.
+  columns of each row of a given (K, C) matrix;
+- "cwbr": what `CWBR` adds to a step: each sample's own class and, of all C by their logits, the
+  `top_m` most confused with it; the energy of each layer against a bank of class means.
 
 The values are such that distances are about 3: with independent noise instead, every distance of a
 wide layer exceeds 104, where exp(-D) is 0 in float32, and a provider that computes nothing would
@@ -31,11 +33,11 @@ class Workload:
         classes: C.
         samples: of each class in the batch; 0 draws the classes of a batch uniformly.
         batch: B; 0 for the kinds that start from moments.
-        top_m: pairs; pairs per row for "bank"; None for all.
+        top_m: pairs; pairs per row for "bank", classes per sample for "cwbr"; None for all.
     """
 
     name: str
-    kind: Literal["loss", "pairs", "bank"]
+    kind: Literal["loss", "pairs", "bank", "cwbr"]
     dims: tuple[int, ...]
     groups: int
     classes: int
@@ -45,14 +47,20 @@ class Workload:
 
     @property
     def all_elements(self) -> int:
-        """Elements of the (pairs, D) tensors, all layers, when every pair is formed."""
+        """Elements of the (pairs, D) tensors, all layers, when every pair is formed.
+
+        Of "cwbr" nobody forms more than (B, 1 + top_m, D).
+        """
+        if self.kind == "cwbr":
+            assert self.top_m is not None
+            return self.batch * (1 + self.top_m) * sum(self.dims)
         columns = self.classes if self.kind == "bank" else self.groups
         return self.groups * columns * sum(self.dims)
 
     @property
     def chosen_elements(self) -> int:
         """The same when only the chosen pairs are formed."""
-        if self.top_m is None:
+        if self.top_m is None or self.kind == "cwbr":
             return self.all_elements
         pairs = self.top_m * (self.groups if self.kind == "bank" else 1)
         return min(pairs * sum(self.dims), self.all_elements)
@@ -72,10 +80,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a problem. `means` and `vars` are empty for "loss", the banks but for "bank".
+    """The tensors of a problem; what its kind does not need is empty or None.
 
-    Shapes: features L x (B, D); logits (B, C); targets (B,); means, vars L x (K, D); weights
-    (K, K) symmetric with zero diagonal for "pairs", (K, C) for "bank"; bank L x (C, D).
+    Shapes: features L x (B, D); logits (B, C); targets (B,), the classes (K,) of the rows for
+    "bank"; means, vars L x (K, D); weights (K, K) symmetric with zero diagonal for "pairs", (K, C)
+    with 0 at a row's own class for "bank"; bank_means L x (C, D); bank_vars alike for "bank", L x
+    (D,) for "cwbr".
     """
 
     workload: Workload
@@ -154,6 +164,8 @@ def make(workload: Workload, device: str = "cpu", seed: int = 0) -> Inputs:
         logits = 2 * torch.randn(workload.batch, workload.classes, generator=generator)
         features = tuple(leaf(_features(targets, d, generator)) for d in workload.dims)
         return Inputs(workload, features, logits.to(device), targets.to(device))
+    if workload.kind == "cwbr":
+        return _bank_of_means(workload, device, generator)
 
     moments = [_moments(workload.groups, d, generator) for d in workload.dims]
     means, variances = (tuple(leaf(m) for m in column) for column in zip(*moments, strict=True))
@@ -162,16 +174,40 @@ def make(workload: Workload, device: str = "cpu", seed: int = 0) -> Inputs:
         weights = (weights + weights.T).to(device)
         return Inputs(workload, means=means, vars=variances, weights=weights)
 
-    weights = torch.rand(workload.groups, workload.classes, generator=generator).to(device)
+    weights = (2 * torch.randn(workload.groups, workload.classes, generator=generator)).softmax(1)
+    own = torch.randperm(workload.classes, generator=generator)[: workload.groups]
+    weights[torch.arange(workload.groups), own] = 0
     bank = [_moments(workload.classes, d, generator) for d in workload.dims]
     bank_means, bank_vars = (tuple(m.to(device) for m in c) for c in zip(*bank, strict=True))
     return Inputs(
         workload,
+        targets=own.to(device),
         means=means,
         vars=variances,
-        weights=weights,
+        weights=weights.to(device),
         bank_means=bank_means,
         bank_vars=bank_vars,
+    )
+
+
+def _bank_of_means(workload: Workload, device: str, generator: torch.Generator) -> Inputs:
+    """Samples about the means of their classes, with the variances that all classes share."""
+    targets = _targets(workload, generator)
+    logits = 2 * torch.randn(workload.batch, workload.classes, generator=generator)
+    features, means, variances = [], [], []
+    for dims in workload.dims:
+        mean, var = _moments(workload.classes, dims, generator)
+        noise = torch.randn(workload.batch, dims, generator=generator)
+        features.append((mean[targets] + var[0].sqrt() * noise).to(device).requires_grad_())
+        means.append(mean.to(device))
+        variances.append(var[0].clone().to(device))
+    return Inputs(
+        workload,
+        tuple(features),
+        logits.to(device),
+        targets.to(device),
+        bank_means=tuple(means),
+        bank_vars=tuple(variances),
     )
 
 
@@ -191,6 +227,8 @@ REALISTIC = (
     Workload("shuffled DDP", "loss", (768,) * 4, 641, 10_000, 4096, 0, 1024),
     Workload("bank", "bank", (768,) * 4, 64, 10_000, top_m=8),
     Workload("landmarks", "bank", (512,), 128, 81_313, top_m=32),
+    Workload("CWBR bank", "cwbr", (768,) * 4, 256, 10_000, 256, top_m=5),
+    Workload("CWBR landmarks", "cwbr", (512,), 128, 81_313, 128, top_m=5),
 )
 SWEEP_DIMS = (768, 2048, 256)
 SWEEP_GROUPS = (64, 200, 500, 1000, 2000, 5000)

@@ -26,6 +26,7 @@ PROVIDERS = {
 }
 SMALL = {w.kind: w for w in (BY_NAME[n].shrunk() for n in ("CUB ResNet-50", "bank"))}
 SMALL["shuffled"] = BY_NAME["shuffled DDP"].shrunk()
+SMALL["cwbr"] = BY_NAME["CWBR bank"].shrunk()
 SMALL["pairs"] = BY_NAME["pairs K=64 D=256"].shrunk()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,22 @@ def test_truth_of_all_pairs_is_the_literal_formula() -> None:
     torch.testing.assert_close(peer(inputs, peers.plain), expected, rtol=1e-10, atol=0)
 
 
+def test_truth_of_the_bank_of_means_is_the_energy_sample_by_sample() -> None:
+    inputs = make(SMALL["cwbr"]).double()
+    logits, targets = inputs.logits, inputs.targets
+    assert logits is not None
+    assert targets is not None
+    energies = []
+    for z, mean, var in zip(inputs.features, inputs.bank_means, inputs.bank_vars, strict=True):
+        for row, own, x in zip(logits.softmax(1), targets.tolist(), z, strict=True):
+            others = sorted((p, c) for c, p in enumerate(row.tolist()) if c != own)[-5:]
+            energy = ((x - mean[own]) ** 2 / (2 * var)).sum()
+            energy = energy - sum(p * ((x - mean[c]) ** 2 / (2 * var)).sum() for p, c in others)
+            energies.append(energy / z.shape[1])
+    value = peer(inputs, peers.plain)
+    torch.testing.assert_close(value, torch.stack(energies).mean(), rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("workload", REALISTIC, ids=lambda w: w.name)
 def test_inputs_have_overlaps_and_gradients_that_do_not_underflow(workload) -> None:  # noqa: ANN001
     value, *gradients = Checker(make(replace(workload.shrunk(), dims=(512,)))).truth
@@ -75,7 +92,7 @@ def test_inputs_have_overlaps_and_gradients_that_do_not_underflow(workload) -> N
 def test_every_provider_is_right(kind: str, provider: str) -> None:
     chosen = PROVIDERS[provider]
     if not chosen.takes(SMALL[kind]):
-        pytest.skip("it forms chosen pairs only")
+        pytest.skip("it is for other kinds of problems")
     checker = Checker(make(SMALL[kind]))
     assert checker.complaint(chosen, "forward") is None
     assert checker.complaint(chosen, "step") is None
