@@ -214,11 +214,11 @@ std::tuple<Tensor, Tensor> weighted_overlap_backward_op(const Tensor& grad, cons
   });
 }
 
-// The arguments that regularizer and its backward share.
+// The arguments that regularizer and its backward share. No moments pass between the two: the
+// lists for them are empty here.
 template <class T>
 struct RegularizerArguments {
   std::vector<InputMatrix> features;
-  std::vector<Tensor> mean, var;
   CheckedGroups groups;
   Tensor index, weights;
 
@@ -255,8 +255,8 @@ struct RegularizerArguments {
     std::vector<Layer<T>> result;
     for (size_t l = 0; l < features.size(); ++l) {
       const InputMatrix& z = features[l];
-      result.push_back({z.type, z.tensor.const_data_ptr(), z.stride, z.cols, data<T>(mean[l]),
-                        data<T>(var[l]), grads.empty() ? nullptr : grads[l].mutable_data_ptr()});
+      result.push_back({z.type, z.tensor.const_data_ptr(), z.stride, z.cols,
+                        grads.empty() ? nullptr : grads[l].mutable_data_ptr()});
     }
     return result;
   }
@@ -267,18 +267,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor> regularizer
     const Tensor& pairs, const Tensor& weights, double eps, bool log) {
   return with_float_type(weights, [&](auto type) {
     using T = decltype(type);
-    RegularizerArguments<T> arguments(features, order, offsets, pairs, weights);
-    const Groups& groups = arguments.groups.groups;
-    for (const InputMatrix& z : arguments.features) {
-      arguments.mean.push_back(empty<T, 2>({groups.count, z.cols}));
-      arguments.var.push_back(empty<T, 2>({groups.count, z.cols}));
-    }
+    const RegularizerArguments<T> arguments(features, order, offsets, pairs, weights);
     const Tensor distance = empty<T, 2>({arguments.layer_count(), arguments.index.size(0)});
     const Tensor value = empty<T, 0>({});
     *data<T>(value) =
-        regularizer(arguments.layers().data(), arguments.layer_count(), arguments.batch(), groups,
-                    arguments.pairs(), eps, log, data<T>(distance));
-    return std::make_tuple(value, arguments.mean, arguments.var, distance);
+        regularizer(arguments.layers().data(), arguments.layer_count(), arguments.batch(),
+                    arguments.groups.groups, arguments.pairs(), eps, log, data<T>(distance));
+    return std::make_tuple(value, std::vector<Tensor>(), std::vector<Tensor>(), distance);
   });
 }
 
@@ -290,23 +285,19 @@ std::vector<Tensor> regularizer_backward_op(const Tensor& grad, const std::vecto
                                             bool log) {
   return with_float_type(weights, [&](auto type) {
     using T = decltype(type);
-    RegularizerArguments<T> arguments(features, order, offsets, pairs, weights);
-    const Groups& groups = arguments.groups.groups;
-    check(mean.size() == features.size(), "mean: expected one per layer, got ", mean.size());
-    check(var.size() == features.size(), "var: expected one per layer, got ", var.size());
+    const RegularizerArguments<T> arguments(features, order, offsets, pairs, weights);
+    check(mean.empty(), "mean: expected none, it is computed again, got ", mean.size());
+    check(var.empty(), "var: expected none, it is computed again, got ", var.size());
     std::vector<Tensor> grads;
-    for (size_t l = 0; l < features.size(); ++l) {
-      const InputMatrix& z = arguments.features[l];
-      arguments.mean.push_back(checked<T, 2>(mean[l], "mean", {groups.count, z.cols}));
-      arguments.var.push_back(checked<T, 2>(var[l], "var", {groups.count, z.cols}));
+    for (const InputMatrix& z : arguments.features) {
       grads.push_back(with_input_type(
           z.type, [&](auto in) { return empty<decltype(in), 2>({z.rows, z.cols}); }));
     }
     const Tensor distances =
         checked<T, 2>(distance, "distance", {arguments.layer_count(), arguments.index.size(0)});
     regularizer_backward(scalar<T>(grad, "grad"), arguments.layers(grads).data(),
-                         arguments.layer_count(), arguments.batch(), groups, arguments.pairs(), eps,
-                         log, const_data<T>(distances));
+                         arguments.layer_count(), arguments.batch(), arguments.groups.groups,
+                         arguments.pairs(), eps, log, const_data<T>(distances));
     return grads;
   });
 }

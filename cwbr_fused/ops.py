@@ -171,7 +171,8 @@ class Regularizer(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, layers = ctx.saved_tensors, ctx.layers
-        features, mean, var = saved[:layers], saved[layers : 2 * layers], saved[2 * layers : -5]
+        features, moments = saved[:layers], saved[layers:-5]  # of every layer, or none
+        mean, var = moments[: len(moments) // 2], moments[len(moments) // 2 :]
         grads = OPERATIONS[ctx.backend].regularizer_backward(
             grad, features, mean, var, *saved[-5:], ctx.eps, ctx.log
         )

@@ -260,14 +260,16 @@ def regularizer(
 
     Returns:
         value: scalar.
-        mean, var: L tensors (K, D_l) each. Rows of groups in no pair of positive weight are not
+        mean, var: of every layer (K, D_l), or none where the backward pass computes them again,
+            which is for tensors on the CPU. Rows of groups in no pair of positive weight are not
             specified.
         distance: (L, M). Distances of pairs of weight zero are not specified.
     """
     moments = [class_moments(z, order, offsets, eps) for z in features]
     distance = torch.stack([pair_distance(mean, var, pairs, eps) for mean, var in moments])
     value = overlap(distance, weights, eps, log).mean()
-    return value, [mean for mean, _ in moments], [var for _, var in moments], distance
+    kept = [] if weights.is_cpu else moments
+    return value, [mean for mean, _ in kept], [var for _, var in kept], distance
 
 
 def class_stats_diag(

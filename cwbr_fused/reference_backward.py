@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cwbr_fused.reference import all_pair_distance, row_blocks, sample_groups, upper_pairs
+from cwbr_fused.reference import (
+    all_pair_distance,
+    class_moments,
+    row_blocks,
+    sample_groups,
+    upper_pairs,
+)
 
 
 def class_moments_backward(
@@ -122,7 +128,13 @@ def regularizer_backward(
     eps: float,
     log: bool,
 ) -> list[Tensor]:
-    """Gradients of `regularizer` with respect to each layer's features, for a scalar grad."""
+    """Gradients of `regularizer` with respect to each layer's features, for a scalar grad.
+
+    `mean` and `var` are what `regularizer` returned: of every layer, or none.
+    """
+    if not mean:
+        moments = [class_moments(z, order, offsets, eps) for z in features]
+        mean, var = [m for m, _ in moments], [v for _, v in moments]
     per_layer = (grad / len(features)).expand(len(features))
     grad_distance = overlap_backward(per_layer, distance, weights, eps, log)
     gradients = []

@@ -157,6 +157,12 @@ def _fake_regularizer(
     return weights.new_empty(()), [m for m, _ in moments], [v for _, v in moments], distance
 
 
+def _fake_fused_regularizer(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    value, mean, var, distance = _fake_regularizer(*arguments)
+    on_cpu = value.device.type == "cpu"
+    return (value, [], [], distance) if on_cpu else (value, mean, var, distance)
+
+
 def _fake_regularizer_backward(grad: Tensor, features: list[Tensor], *others: Any) -> list[Tensor]:
     return [z.new_empty(z.shape) for z in features]
 
@@ -206,16 +212,24 @@ def _triton(name: str) -> Callable[..., Any]:
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
 
 
-def _declare(namespace: str, implementation: Callable[[str], Callable[..., Any]]) -> Any:
+def _declare(
+    namespace: str,
+    implementation: Callable[[str], Callable[..., Any]],
+    fakes: dict[str, Callable[..., Any]],
+) -> Any:
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
         for key in AUTOCAST_KEYS:
             library.impl(name, torch.library.fallthrough_kernel, key)
     return library
 
 
 # A library's declarations live as long as the Library object does.
-LIBRARIES = (_declare(NAMESPACE, pure_pytorch), _declare(TRITON_NAMESPACE, _triton))
+LIBRARIES = (
+    # Triton's operations return the moments on any device: its interpreter takes CPU tensors.
+    _declare(NAMESPACE, pure_pytorch, FAKES | {"regularizer": _fake_fused_regularizer}),
+    _declare(TRITON_NAMESPACE, _triton, FAKES),
+)

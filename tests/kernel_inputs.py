@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,19 @@ def regularizer_case(
     logits = randn(batch, 200, seed=99, dtype=reference.accumulation_dtype(dtype)) * 3
     order, offsets, _, pairs, weights = reference.plan(logits, classes(batch, count), top_m, 2)
     return features, (order, offsets, pairs, weights)
+
+
+def regularizer_with_moments(
+    features: Sequence[Tensor], order: Tensor, offsets: Tensor, *others: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """`reference.regularizer` as on a GPU, where the moments of every layer are among its results.
+
+    Args:
+        others: pairs, weights, eps, log.
+    """
+    value, *_, distance = reference.regularizer(features, order, offsets, *others)
+    moments = [reference.class_moments(z, order, offsets, others[2]) for z in features]
+    return value, [mean for mean, _ in moments], [var for _, var in moments], distance
 
 
 def symmetric(groups: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

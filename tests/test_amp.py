@@ -17,12 +17,10 @@ BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") i
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def half_samples(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of an operation with its per-sample inputs, features and logits, in `dtype`."""
+def half_samples(name: str, given: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The given arguments with the per-sample inputs, features and logits, in `dtype`."""
     parameters = getattr(torch.ops.cwbr_fused, name).default._schema.arguments
-    arguments = dict(
-        zip((p.name for p in parameters), operation_arguments(torch.float32)[name], strict=True)
-    )
+    arguments = dict(zip((p.name for p in parameters), given, strict=True))
     for samples in arguments.keys() & {"z", "logits"}:
         arguments[samples] = arguments[samples].to(dtype)
     if "features" in arguments:
@@ -34,8 +32,9 @@ def half_samples(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_autocast_changes_no_operation(name: str, backend: str) -> None:
     operation = getattr(ops.OPERATIONS[backend], name)
+    given = operation_arguments(torch.float32, backend)[name]
     for cast_to in HALVES:
-        for arguments in (operation_arguments(torch.float32)[name], half_samples(name, cast_to)):
+        for arguments in (given, half_samples(name, given, cast_to)):
             expected = operation(*arguments)
             with torch.autocast("cpu", dtype=cast_to):
                 actual = operation(*arguments)

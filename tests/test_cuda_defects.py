@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from emulation.checks import doubles, pure_pytorch
 from emulation.defects import KINDS, Defect, find_defects, plant
 from emulation.harness import Emulator, compile_emulated
+from kernel_inputs import regularizer_with_moments
 from torch import Tensor
 
-from cwbr_fused import reference, schema
+from cwbr_fused import reference
 
 EPS = 1e-6
 SECONDS = 60
@@ -80,10 +82,10 @@ def regularizer_cases() -> Iterator[Case]:
     plan = reference.plan(random(60, 9), random_targets(60, 9), 17, 2)
     order, offsets, _, pairs, weights = plan
     tail = (order, offsets, pairs, weights, EPS, True)
-    _, mean, var, distance = reference.regularizer(features, *tail)
+    _, *saved = regularizer_with_moments(features, *tail)
     one = torch.ones((), dtype=torch.float64)
     yield "regularizer", (features, *tail)
-    yield "regularizer_backward", (one, features, mean, var, distance, *tail)
+    yield "regularizer_backward", (one, features, *saved, *tail)
     yield "plan", (random(60, 21), random_targets(60, 21), 11, 2)
 
 
@@ -145,12 +147,6 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def doubles(args: Any) -> Any:
-    if isinstance(args, Tensor):
-        return args.double() if args.is_floating_point() else args
-    return [doubles(arg) for arg in args] if isinstance(args, (list, tuple)) else args
-
-
 def flat(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else [t for r in results for t in flat(r)]
 
@@ -165,7 +161,7 @@ def truths() -> dict[str, Truth]:
     for file, cases in CASES.items():
         found[file] = []
         for name, args in cases():
-            found[file].append((name, args, flat(schema.pure_pytorch(name)(*doubles(args)))))
+            found[file].append((name, args, flat(pure_pytorch(name)(*doubles(args)))))
     found["common.cuh"] = [case for file in CASES for case in found[file]]
     return found
 

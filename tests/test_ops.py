@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_inputs import regularizer_with_moments
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cwbr_fused import ops, reference, schema
 
@@ -15,8 +17,13 @@ EPS = 1e-6
 BACKENDS = ("reference", "cpu")
 
 
-def operation_arguments(dtype: torch.dtype = torch.float64) -> dict[str, tuple[Any, ...]]:
-    """Valid arguments for every operation of the schema, at odd sizes with empty groups."""
+def operation_arguments(
+    dtype: torch.dtype = torch.float64, backend: str = "cpu"
+) -> dict[str, tuple[Any, ...]]:
+    """Valid arguments for every operation of the schema, at odd sizes with empty groups.
+
+    The gradient of Triton's `regularizer` wants the moments, as on a GPU; the others compute them.
+    """
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(23, 7, generator=generator, dtype=dtype)
     logits = torch.randn(23, 9, generator=generator, dtype=dtype)
@@ -27,7 +34,8 @@ def operation_arguments(dtype: torch.dtype = torch.float64) -> dict[str, tuple[A
     alpha = reference.confusion_weights(logits, order, offsets, classes)
     distance = reference.pair_distance(mean, var, pairs, EPS)
     features, planned = [z, z[:, :3] * 2], (order, offsets, pairs, weights)
-    value, means, variances, distances = reference.regularizer(features, *planned, EPS, True)
+    regularizer = regularizer_with_moments if backend == "triton" else reference.regularizer
+    value, *saved = regularizer(features, *planned, EPS, True)
     overlap = reference.weighted_overlap(mean, var, alpha, EPS, True)
     arguments: dict[str, tuple[Any, ...]] = {
         "group_by_class": (targets, 2),
@@ -43,9 +51,7 @@ def operation_arguments(dtype: torch.dtype = torch.float64) -> dict[str, tuple[A
         "weighted_overlap": (mean, var, alpha, EPS, False),
         "weighted_overlap_backward": (overlap, overlap, mean, var, alpha, EPS, True),
         "regularizer": (features, *planned, EPS, False),
-        "regularizer_backward": (
-            *(value, features, means, variances, distances, *planned, EPS, True),
-        ),
+        "regularizer_backward": (value, features, *saved, *planned, EPS, True),
         "top_confusions": (logits, targets, torch.arange(9) != 4, 3),
         "class_attraction": (z, z[:9].clone(), var[0], targets[:, None] - 1, logits[:, :1]),
     }
@@ -57,6 +63,16 @@ def operation_arguments(dtype: torch.dtype = torch.float64) -> dict[str, tuple[A
 def test_operation_passes_opcheck(name: str) -> None:
     operation = getattr(torch.ops.cwbr_fused, name).default
     torch.library.opcheck(operation, operation_arguments()[name])
+
+
+@pytest.mark.parametrize(("device", "layers_kept"), [("cpu", 0), ("cuda", 2)])
+def test_moments_are_kept_for_the_gradient_on_a_gpu_alone(device: str, layers_kept: int) -> None:
+    features, *planned = operation_arguments()["regularizer"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty_like(x, device=device) for x in (*features, *planned[:4])]
+        _, mean, var, _ = torch.ops.cwbr_fused.regularizer(tensors[:2], *tensors[2:], *planned[4:])
+    shapes = [(len(planned[1]) - 1, z.shape[1]) for z in features[:layers_kept]]
+    assert [t.shape for t in mean] == [t.shape for t in var] == shapes
 
 
 @pytest.mark.parametrize("name", schema.SCHEMAS)

@@ -148,7 +148,7 @@ def test_the_regularizer_compiles_without_a_graph_break(log: bool) -> None:
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_operation_passes_opcheck(name: str) -> None:
     operation = getattr(torch.ops.cwbr_fused_triton, name).default
-    arguments = operation_arguments()[name]
+    arguments = operation_arguments(backend="triton")[name]
     on_device = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(DEVICE), arguments)
     torch.library.opcheck(operation, on_device)
     torch.testing.assert_close(on_device, arguments, rtol=0, atol=0, check_device=False)

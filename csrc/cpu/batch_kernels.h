@@ -57,15 +57,12 @@ template <class In, class T>
 void plan(Matrix<const In> logits, const int64_t* targets, int64_t min_count, int64_t m,
           int64_t* order, int64_t* offsets, int64_t* classes, int64_t* pairs, T* weights);
 
-// One layer of the regularizer. mean, var: (groups, dims) contiguous; grad, (batch, dims)
-// contiguous, is written by the backward pass only.
+// One layer of the regularizer. grad, (batch, dims) contiguous, is written by the backward pass.
 template <class T>
 struct Layer {
   InputType type;
   const void* z;
   int64_t stride, dims;
-  T* mean;
-  T* var;
   void* grad;
 };
 
@@ -77,8 +74,7 @@ struct Pairs {
   int64_t count;
 };
 
-// Returns the value; writes the layers' mean and var, and distance (layers, pairs). Rows of groups
-// in no pair, and distances of pairs of weight zero, are set to zero.
+// Returns the value; writes distance (layers, pairs), zero for pairs of weight zero.
 template <class T>
 T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups groups,
               Pairs<T> pairs, double eps, bool log, T* distance);

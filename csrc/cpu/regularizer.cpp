@@ -1,6 +1,7 @@
 // All layers at once. The work is cut into tasks, each a slice of columns of one layer: moments,
 // distances and gradients of a slice need nothing from outside it but the final sum over slices,
-// and its temporaries stay in the nearest caches. The slices depend on the shapes alone.
+// and its temporaries stay in the nearest caches. The slices depend on the shapes alone. The
+// backward pass computes a slice's moments again, which costs less than keeping them.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -104,21 +105,15 @@ Matrix<const In> input(const Layer<T>& layer, int64_t batch) {
   return {static_cast<const In*>(layer.z), batch, layer.dims, layer.stride};
 }
 
-// Moments of the slice's active groups: to (rows, width), and to the layer's mean and var.
+// Moments of the slice's active groups, (rows, width).
 template <class In, class T>
 void slice_moments(const Layer<T>& layer, const Slice& slice, int64_t batch, Groups groups,
                    const ActivePairs<T>& active, T eps, T* mean, T* var) {
   const Matrix<const In> z = input<In>(layer, batch);
-  for (int64_t k = 0; k < groups.count; ++k) {
-    if (active.is_active[k]) continue;
-    std::fill_n(layer.mean + k * layer.dims + slice.begin, slice.width, T(0));
-    std::fill_n(layer.var + k * layer.dims + slice.begin, slice.width, T(0));
-  }
-  for (int64_t r = 0; r < active.rows(); ++r, mean += slice.width, var += slice.width) {
-    const int64_t k = active.group[r], at = k * layer.dims + slice.begin;
-    batch_loops<In>().moments(group_rows(z, groups, k, slice.begin, slice.width), eps, mean, var);
-    std::copy_n(mean, slice.width, layer.mean + at);
-    std::copy_n(var, slice.width, layer.var + at);
+  for (int64_t r = 0; r < active.rows(); ++r) {
+    const int64_t k = active.group[r], at = r * slice.width;
+    batch_loops<In>().moments(group_rows(z, groups, k, slice.begin, slice.width), eps, mean + at,
+                              var + at);
   }
 }
 
@@ -218,6 +213,7 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
   const Slices slices(layers, layer_count, batch, active_of);
   std::vector<T> partial(slices.size() * m);
   slices.for_each([&](int64_t s) {
+    if (m == 0) return;
     const Slice& slice = slices[s];
     const Layer<T>& layer = layers[slice.layer];
     T *mean = scratch<T>(2 * rows * slice.width), *var = mean + rows * slice.width;
@@ -225,7 +221,6 @@ T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups
       slice_moments<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
                                   var);
     });
-    if (m == 0) return;
     pair_distance(mean, var, active.index.data(), m, rows, slice.width, eps,
                   partial.data() + s * m);
   });
@@ -261,17 +256,15 @@ void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, i
     const int64_t rows = active.rows(), m = active.count(), size = rows * slice.width;
     T *mean = scratch<T>(4 * size), *var = mean + size;
     T *grad_mean = var + size, *grad_var = grad_mean + size;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = active.group[r] * layer.dims + slice.begin;
-      std::copy_n(layer.mean + at, slice.width, mean + r * slice.width);
-      std::copy_n(layer.var + at, slice.width, var + r * slice.width);
-    }
-    if (m > 0)
-      pair_distance_backward(active.coefficient.data(), mean, var, active.index.data(), m, rows,
-                             slice.width, eps, grad_mean, grad_var);
     with_input_type_of<T>(layer.type, [&](auto in) {
-      slice_gradient<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
-                                   var, grad_mean, grad_var);
+      using In = decltype(in);
+      const T clamp = static_cast<T>(eps);
+      slice_moments<In>(layer, slice, batch, groups, active, clamp, mean, var);
+      if (m > 0)
+        pair_distance_backward(active.coefficient.data(), mean, var, active.index.data(), m, rows,
+                               slice.width, eps, grad_mean, grad_var);
+      slice_gradient<In>(layer, slice, batch, groups, active, clamp, mean, var, grad_mean,
+                         grad_var);
     });
   });
 }

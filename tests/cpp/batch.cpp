@@ -29,7 +29,7 @@ template <class T>
 struct Results {
   Array<int64_t> order, offsets, classes, pairs;
   Array<T> weights, mean, var, distance, grad_z, value;
-  Array<T> planned_mean, planned_var, grad_features;
+  Array<T> grad_features;
 };
 
 template <class In>
@@ -85,15 +85,13 @@ Results<T> run(const Case& c, const Array<In>& z, const Array<In>& logits,
 
   const Groups all{r.order.data(), r.offsets.data(), groups};
   const Matrix<const In> features{z.data(), c.batch, c.dims, c.dims};
-  for (Array<T>* a : {&r.mean, &r.var, &r.planned_mean, &r.planned_var}) a->resize(groups * c.dims);
+  for (Array<T>* a : {&r.mean, &r.var}) a->resize(groups * c.dims);
   class_moments(features, all, kEps, r.mean.data(), r.var.data());
   Array<In> grad_z(c.batch * c.dims), grad_features(c.batch * c.dims);
   class_moments_backward(r.var.data(), r.mean.data(), features, r.mean.data(), r.var.data(), all,
                          kEps, grad_z.data());
 
-  const Layer<T> layer{
-      kType<In>,           z.data(), c.dims, c.dims, r.planned_mean.data(), r.planned_var.data(),
-      grad_features.data()};
+  const Layer<T> layer{kType<In>, z.data(), c.dims, c.dims, grad_features.data()};
   const Pairs<T> pairs{r.pairs.data(), r.weights.data(), m};
   for (const bool log : {false, true}) {
     Array<T> distance(m);
@@ -143,8 +141,7 @@ void expect_same_results(const char* name, const Results<T>& a, const Results<T>
   expect_same_bits(name, a.pairs, b.pairs);
   for (auto field :
        {&Results<T>::weights, &Results<T>::mean, &Results<T>::var, &Results<T>::distance,
-        &Results<T>::grad_z, &Results<T>::value, &Results<T>::planned_mean,
-        &Results<T>::planned_var, &Results<T>::grad_features}) {
+        &Results<T>::grad_z, &Results<T>::value, &Results<T>::grad_features}) {
     expect_same_bits(name, a.*field, b.*field);
   }
 }
