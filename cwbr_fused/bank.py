@@ -27,7 +27,7 @@ class ClassBank(nn.Module):
     Memory is C (D + 1) + D numbers; nothing is ever C x C. A class's mean is the plain average of
     its samples until that moves slower than `1 - momentum` per update. The variance is that of
     samples about the mean their class had before them, so one sample per class is enough. Samples
-    that are not finite change nothing.
+    that are not finite, or whose squares are not, change nothing.
 
     Args:
         num_classes: C.
@@ -55,9 +55,10 @@ class ClassBank(nn.Module):
         self.register_buffer("updates", torch.zeros((), **factory))
 
     def metric(self) -> Tensor:
-        """(D,) the variances with a floor, all > 0."""
-        floor = VARIANCE_FLOOR * self.var.mean() + torch.finfo(self.var.dtype).tiny
-        return self.var + floor
+        """(D,) the variances with a floor, all > 0; 1 while there are none."""
+        level = self.var.mean()
+        floor = VARIANCE_FLOOR * level + torch.finfo(self.var.dtype).tiny
+        return torch.where(level > 0, self.var + floor, 1)
 
     @torch.no_grad()
     def observe(self, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor) -> Move:
@@ -71,7 +72,8 @@ class ClassBank(nn.Module):
         Returns:
             The moves of the means that are due.
         """
-        finite = var.sum(1).isfinite()  # nor is it where the mean is not
+        # Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
+        finite = (4 * torch.addcmul(var, mean, mean).sum(1)).isfinite()
         usable = (classes >= 0) & (size > 0) & finite
         size = torch.where(usable, size, 0).to(self.count.dtype)
         rows = classes.clamp(min=0)

@@ -167,7 +167,7 @@ class CWBR(nn.Module):
             energy, pull = OPERATIONS[backend].class_attraction(
                 z, bank.mean, var, index, coefficient.to(bank.mean.dtype)
             )
-            energies.append(energy.mean() / z.shape[1])
+            energies.append(energy.sum() / max(z.numel(), 1))
             if move is not None:
                 bank.follow(move)
                 # Its length does not matter; without units it fits in half precision.

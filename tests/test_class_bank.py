@@ -67,3 +67,20 @@ def test_bank_variance_approaches_that_within_the_classes() -> None:
         bank.follow(bank.observe(torch.arange(2), torch.ones(2), *moments))
     # About a mean that moves by a tenth: larger by 1 + 0.1 / 1.9.
     torch.testing.assert_close(bank.var / sigma**2, torch.full((3,), 1.05), rtol=0.35, atol=0)
+
+
+def test_moments_whose_squares_overflow_change_nothing() -> None:
+    bank = ClassBank(2, 2, momentum=0.5)
+    ordinary = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
+    for mean, var in (ordinary, (torch.full((1, 2), 1e19), torch.zeros(1, 2)), ordinary):
+        bank.follow(bank.observe(torch.tensor([0]), torch.tensor([1]), mean, var))
+    assert bank.count.tolist() == [2, 0]
+    assert bank.mean[0].tolist() == [1, 2]
+    assert bank.var.tolist() == [1, 1]
+
+
+def test_distances_are_euclidean_while_no_variance_is_known() -> None:
+    bank = ClassBank(2, 3, momentum=0.5)
+    assert bank.metric().tolist() == [1, 1, 1]
+    bank.var.copy_(torch.tensor([0.0, 2.0, 4.0]))
+    torch.testing.assert_close(bank.metric(), torch.tensor([0.002, 2.002, 4.002]))

@@ -64,20 +64,15 @@ TARGETS = {
         0.7 * one_hot(y.long(), classes) + 0.3 * one_hot(y.flip(0).long(), classes)
     ),
     "equal": lambda y, classes: torch.full((len(y), classes), 1 / classes),
+    "zero": lambda y, classes: torch.zeros(len(y), classes),
     "1e30": lambda y, classes: 1e30 * one_hot(y.long(), classes),
 }
-
-
-# Finite values whose squares float32 does not hold: nothing is promised of them.
-BEYOND = {"one 1e20", "1e30"}
 
 
 def trainings(max_batch: int) -> st.SearchStrategy[Training]:
     return st.builds(
         Training,
-        hostile=recipes(max_batch).filter(
-            lambda recipe: not any(layer.values in BEYOND for layer in recipe.layers)
-        ),
+        hostile=recipes(max_batch),
         warm_up=st.integers(0, 2),
         soft=st.sampled_from(["indices", *TARGETS]),
         ratio=st.sampled_from([1.0, 0.0, 0.3, 50.0]),
@@ -125,11 +120,7 @@ def check(training: Training, backend: str) -> None:
     assert energy.shape == ()
     assert not energy.requires_grad
     vectors = [to_vec(x.detach()) for x in batch.features]
-    # Classes without a variance are at no distance: nothing is promised of those few steps.
-    variances = [t for name, t in cwbr.state_dict().items() if name.endswith(".var")]
-    measured = not training.warm_up or all(bool(var.any()) for var in variances)
-    ordinary_size = all(bool((t.abs() < ORDINARY).all()) for t in (*vectors, batch.logits))
-    if recipe.batch and measured and ordinary_size:
+    if recipe.batch and all(bool((t.abs() < ORDINARY).all()) for t in (*vectors, batch.logits)):
         assert energy.isfinite()
         check_gradients(training, gradients)
 
