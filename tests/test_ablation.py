@@ -15,13 +15,17 @@ from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.summary import Job
 
 SETTING = "resnet, 5 images"
+MANY_CLASSES = "resnet, 1000 classes"
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on small batches."""
-    brief = dataclasses.replace(settings.SETTINGS[SETTING], steps=3, batch_size=16)
-    monkeypatch.setitem(settings.SETTINGS, SETTING, brief)
+    for name in (SETTING, MANY_CLASSES):
+        brief = dataclasses.replace(
+            settings.SETTINGS[name], steps=3, batch_size=16, images_per_class=2
+        )
+        monkeypatch.setitem(settings.SETTINGS, name, brief)
     monkeypatch.setattr(training, "EVALUATION_BATCH", 64)
     load = np.load
 
@@ -44,11 +48,13 @@ class _Context(dict[str, Any]):
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_is_measured(method: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "method"), [*((SETTING, method) for method in METHODS), (MANY_CLASSES, "CWBR")]
+)
+def test_every_method_trains_and_is_measured(setting: str, method: str) -> None:
     threads = torch.get_num_threads()
     try:
-        result = training.run(SETTING, method, 0)
+        result = training.run(setting, method, 0)
     finally:
         torch.set_num_threads(threads)
     assert result["predictions"].shape == (300,)
@@ -70,6 +76,18 @@ def test_shuffled_batches_show_every_image_once_before_any_again() -> None:
     data = settings.Glyphs(brief, 0)
     counts = torch.cat([y for _, y in data.batches("shuffle")]).bincount(minlength=200)
     assert counts.eq(5).all()
+
+
+def test_every_class_is_in_every_part_as_often_and_no_image_twice() -> None:
+    with np.load(settings.GLYPHS_1000.path) as arrays:
+        images = np.concatenate([arrays[f"x{part}"] for part in settings.PARTS])
+        for part in settings.PARTS:
+            counts = np.bincount(arrays[f"y{part}"], minlength=settings.GLYPHS_1000.classes)
+            assert counts.tolist() == [counts[0]] * settings.GLYPHS_1000.classes
+        assert len(set(arrays["chars"])) == settings.GLYPHS_1000.classes
+    assert images.max() == 15
+    # No blank among them, and no box for a character that a font lacks.
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 def result(accuracy: float, val: float, pairs: Any = ((0, 1),)) -> dict[str, Any]:

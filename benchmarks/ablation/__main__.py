@@ -39,6 +39,7 @@ PLAN: tuple[tuple[str, tuple[str, ...], range], ...] = (
         range(5),
     ),
     ("resnet, 15 images", ("random push", "ce again", "ce pk", "published"), range(5)),
+    ("resnet, 1000 classes", (*MAIN, "random push"), range(3)),
     ("fine-tuning, 5 images", (*MAIN, "random push"), range(5)),
     ("vit, 50 images", MAIN, range(5)),
     ("resnet, 15 images", ("log overlap", "repaired"), range(2)),

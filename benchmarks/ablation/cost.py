@@ -28,10 +28,11 @@ def measure(setting_name: str) -> tuple[float, float]:
     torch.set_num_threads(1)
     setting = replace(SETTINGS[setting_name], steps=WARM_UP + STEPS)
     torch.manual_seed(0)
-    network = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = setting.network(setting.classes)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     catcher = FeatureCatcher(network, setting.layers)
     optimizer = setting.optimizer(network.parameters())
-    methods = {name: METHODS[name].make() for name in ("ce", "CWBR")}
+    methods = {name: METHODS[name].make(setting.classes) for name in ("ce", "CWBR")}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for images, targets in Glyphs(setting, 0).batches("shuffle"):
         for name, step in methods.items():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import cwbr_fused
-from benchmarks.ablation.settings import CLASSES
 from cwbr_fused.balance import Balance
 from cwbr_fused.bank import ClassBank
 from cwbr_fused.cwbr import CWBR
@@ -27,15 +26,15 @@ FIXED_RATIO = 0.2
 
 
 class Method(NamedTuple):
-    """How to start it, how its batches are drawn, and what it is for."""
+    """How to start it for a number of classes, how its batches are drawn, and what it is for."""
 
-    make: Callable[[], Step]
+    make: Callable[[int], Step]
     what: str
     sampler: str = "shuffle"
     init_offset: int = 0
 
 
-def cross_entropy_alone() -> Step:
+def cross_entropy_alone(classes: int) -> Step:
     return lambda features, logits, targets, ce: ce
 
 
@@ -57,7 +56,7 @@ def balanced(regularizer: CWBR) -> Step:
     return step
 
 
-def repaired() -> Step:
+def repaired(classes: int) -> Step:
     """The published pairs of a batch with every mend, and a gradient of a fixed share."""
 
     def step(features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
@@ -112,7 +111,8 @@ class PairBank:
 
     PAIRS = 64
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
         self.banks: dict[str, ClassBank] = {}
 
     def __call__(self, features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class PairBank:
         for name, layer in features.items():
             leaf = layer.detach().requires_grad_()
             z = cwbr_fused.to_vec(leaf)
-            bank = self.banks.setdefault(name, ClassBank(CLASSES, z.shape[1], 0.7))
+            bank = self.banks.setdefault(name, ClassBank(self.classes, z.shape[1], 0.7))
             seen, mean = bank.count > 0, class_means(z)
             scatter = class_means((z.detach() - mean.detach()[inverse]).square())
             move = bank.observe(classes, size, mean.detach(), scatter)
@@ -136,7 +136,7 @@ class PairBank:
                 now = (z - bank.mean[targets])[known].square().mean(0)
                 var = bank.metric() + now - now.detach()
                 weight, pair = torch.where(seen, confusion, 0).flatten().topk(self.PAIRS)
-                k, j = pair // CLASSES, pair % CLASSES
+                k, j = pair // self.classes, pair % self.classes
                 distance = ((mean[k] - bank.mean[j]).square() / (8 * var)).sum(1)
                 scaled = distance / distance.mean().detach().clamp(min=1e-12)
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
@@ -150,16 +150,20 @@ METHODS = {
     "ce": Method(cross_entropy_alone, "cross-entropy, shuffled batches"),
     "ce again": Method(cross_entropy_alone, "the same from another start", init_offset=500),
     "ce pk": Method(cross_entropy_alone, "cross-entropy, 32 classes x 4 images", sampler="pk"),
-    "published": Method(lambda: published("overlap"), "cwbr_fused.loss, scale_match"),
-    "log overlap": Method(lambda: published("log_overlap"), "its logarithm, scale_match"),
+    "published": Method(lambda classes: published("overlap"), "cwbr_fused.loss, scale_match"),
+    "log overlap": Method(lambda classes: published("log_overlap"), "its logarithm, scale_match"),
     "repaired": Method(
         repaired, "log overlap, shrunk variances, noise floor, D / dims, a gradient of 0.2"
     ),
     "pair bank": Method(PairBank, "confused pairs of class means, by log-sum-exp"),
-    "pull": Method(lambda: balanced(CWBR(CLASSES, push=0)), "CWBR(push=0): a balanced center loss"),
-    "random push": Method(lambda: balanced(RandomPartners(CLASSES)), "CWBR, random partners"),
-    "fixed ratio": Method(
-        lambda: balanced(FixedRatio(CLASSES, ratio=FIXED_RATIO)), "CWBR, constant share 0.2"
+    "pull": Method(
+        lambda classes: balanced(CWBR(classes, push=0)), "CWBR(push=0): a balanced center loss"
     ),
-    "CWBR": Method(lambda: balanced(CWBR(CLASSES)), "the recommended form, as it comes"),
+    "random push": Method(
+        lambda classes: balanced(RandomPartners(classes)), "CWBR, random partners"
+    ),
+    "fixed ratio": Method(
+        lambda classes: balanced(FixedRatio(classes, ratio=FIXED_RATIO)), "CWBR, constant share 0.2"
+    ),
+    "CWBR": Method(lambda classes: balanced(CWBR(classes)), "the recommended form, as it comes"),
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,19 @@ from torch import Tensor, nn
 from benchmarks.ablation import networks
 from cwbr_fused import PKSampler
 
-CLASSES = 200
 PARTS = ("train", "val", "test")
 MAX_SHIFT = 2
+
+
+class Characters(NamedTuple):
+    """A file of images in three parts, and how many classes they have."""
+
+    path: Path
+    classes: int
+
+
+GLYPHS_200 = Characters(GLYPHS, 200)
+GLYPHS_1000 = Characters(Path(__file__).parent / "data" / "glyphs1000.npz", 1000)
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,9 @@ class Setting:
     """A training task; batches are a function of the seed and the step alone."""
 
     name: str
+    characters: Characters
     images_per_class: int
-    network: Callable[[], nn.Module]
+    network: Callable[[int], nn.Module]
     layers: tuple[str, ...]
     steps: int
     batch_size: int
@@ -33,6 +45,10 @@ class Setting:
     peak_lr: float
     zoom: int = 1
     channels: int = 1
+
+    @property
+    def classes(self) -> int:
+        return self.characters.classes
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -43,13 +59,16 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
 
 
-def _resnet(images_per_class: int) -> Setting:
+def _resnet(
+    name: str, images_per_class: int, characters: Characters = GLYPHS_200, steps: int = 368
+) -> Setting:
     return Setting(
-        name=f"resnet, {images_per_class} images",
+        name=name,
+        characters=characters,
         images_per_class=images_per_class,
-        network=lambda: networks.SmallResNet(CLASSES),
+        network=networks.SmallResNet,
         layers=("layer2", "layer3", "layer4"),
-        steps=368,
+        steps=steps,
         batch_size=128,
         optimizer=_sgd,
         peak_lr=0.1,
@@ -59,13 +78,15 @@ def _resnet(images_per_class: int) -> Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        _resnet(5),
-        _resnet(15),
-        _resnet(50),
+        _resnet("resnet, 5 images", 5),
+        _resnet("resnet, 15 images", 15),
+        _resnet("resnet, 50 images", 50),
+        _resnet("resnet, 1000 classes", 5, GLYPHS_1000, steps=700),
         Setting(
             name="vit, 50 images",
+            characters=GLYPHS_200,
             images_per_class=50,
-            network=lambda: networks.SmallViT(CLASSES),
+            network=networks.SmallViT,
             layers=("blocks.1", "blocks.2", "blocks.3"),
             steps=500,
             batch_size=128,
@@ -74,8 +95,9 @@ SETTINGS = {
         ),
         Setting(
             name="fine-tuning, 5 images",
+            characters=GLYPHS_200,
             images_per_class=5,
-            network=lambda: networks.pretrained_efficientnet(CLASSES),
+            network=networks.pretrained_efficientnet,
             layers=networks.EFFICIENTNET_LAYERS,
             steps=200,
             batch_size=64,
@@ -89,11 +111,11 @@ SETTINGS = {
 
 
 class Glyphs:
-    """200 look-alike characters; the parts come from different font families."""
+    """Look-alike characters; the parts come from different font families."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.setting, self.seed = setting, seed
-        with np.load(GLYPHS) as arrays:
+        with np.load(setting.characters.path) as arrays:
             images = {p: torch.from_numpy(arrays[f"x{p}"]).float() for p in PARTS}
             self.targets = {p: torch.from_numpy(arrays[f"y{p}"]).long() for p in PARTS}
         chosen = first_per_class(self.targets["train"], setting.images_per_class, seed)

@@ -29,9 +29,10 @@ def run(setting_name: str, method_name: str, seed: int) -> Result:
     setting, method = SETTINGS[setting_name], METHODS[method_name]
     data = Glyphs(setting, seed)
     torch.manual_seed(seed + method.init_offset)
-    network = setting.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = setting.network(setting.classes)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     catcher = FeatureCatcher(network, setting.layers)
-    step = method.make()
+    step = method.make(setting.classes)
     _train(setting, network, catcher, step, data, method.sampler)
     return _measure(network, catcher, data)
 
