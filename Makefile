@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
 
-.PHONY: install test test-oldest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
@@ -19,26 +19,29 @@ $(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(s
 test: $(READY)
 	$(PY) -m pytest
 
-# The tests that lean most on torch, on the oldest torch that is supported and the oldest supported
-# Python that is found. They run on a build of their own, and from tests/, where the checkout's is
-# out of sight. Of Triton, slow in its interpreter, every operation and the loss.
-OLDEST := build/oldest
-OLDEST_PY := .venv-oldest/bin/python
-OLDEST_PYTHON ?= $(shell for python in $(foreach version,3.10 3.11 3.12 3.13,python$(version) \
+# The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
+# Python that is found, or of requirements-newest.txt and the newest. They run on a build of their
+# own, and from tests/, where the checkout's is out of sight. Of Triton, slow in its interpreter,
+# every operation and the loss.
+PYTHONS := 3.10 3.11 3.12 3.13
+first_python = $(shell for python in $(foreach version,$(1),python$(version) \
 	$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(version).*/bin/python)); \
 	do $$python -c "import venv, ensurepip" 2>/dev/null && echo $$python && exit; done; echo $(PYTHON))
-OLDEST_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr features \
+PYTHON_oldest ?= $(call first_python,$(PYTHONS))
+PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV))
+TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr features \
 	soft_targets cpu_batch cpu_regularizer cpu_arguments cpu_pair_properties)
 
-.venv-oldest/.ready: requirements-oldest.txt requirements-test.txt
-	test -x $(OLDEST_PY) || $(OLDEST_PYTHON) -m venv .venv-oldest
-	$(OLDEST_PY) -m pip install --quiet --disable-pip-version-check --no-compile -r $<
+.venv-%/.ready: requirements-%.txt requirements-test.txt
+	test -x .venv-$*/bin/python || $(PYTHON_$*) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
 	touch $@
 
-test-oldest: .venv-oldest/.ready
-	rm -rf $(OLDEST)/lib
-	CWBR_BUILD=cpu $(OLDEST_PY) setup.py -q build --build-base $(OLDEST)/objects --build-lib $(OLDEST)/lib
-	cd tests && PYTHONPATH=$(CURDIR)/$(OLDEST)/lib ../$(OLDEST_PY) -m pytest $(OLDEST_TESTS) \
+test-oldest test-newest: test-%: .venv-%/.ready
+	rm -rf build/$*/lib
+	CWBR_BUILD=cpu .venv-$*/bin/python setup.py -q build \
+		--build-base build/$*/objects --build-lib build/$*/lib
+	cd tests && PYTHONPATH=$(CURDIR)/build/$*/lib ../.venv-$*/bin/python -m pytest $(TORCH_TESTS) \
 		-k "not triton or changes_no_operation or value_and_gradient_equal_the_reference[6-"
 
 lint: $(READY)
@@ -104,4 +107,4 @@ gpu-check: $(READY)
 	$(PY) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist runs *.egg-info cwbr_fused/_C*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info cwbr_fused/_C*.so

@@ -35,7 +35,7 @@ def _cpu_kernels() -> str:
         return reason
     try:
         return f"built, running on {torch.ops.cwbr_fused_build.cpu_isa()}"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch 2.15 makes it a RuntimeError
         return f"built, but {error}"
 
 
