@@ -16,8 +16,9 @@ $(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(s
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $(READY)
 
+# A file's tests stay in one process, which compiles what they share once.
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
 # Python that is found, or of requirements-newest.txt and the newest. They run on a build of their
