@@ -60,7 +60,11 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 def _resnet(
-    name: str, images_per_class: int, characters: Characters = GLYPHS_200, steps: int = 368
+    name: str,
+    images_per_class: int,
+    characters: Characters = GLYPHS_200,
+    steps: int = 368,
+    peak_lr: float = 0.1,
 ) -> Setting:
     return Setting(
         name=name,
@@ -71,7 +75,7 @@ def _resnet(
         steps=steps,
         batch_size=128,
         optimizer=_sgd,
-        peak_lr=0.1,
+        peak_lr=peak_lr,
     )
 
 
@@ -81,7 +85,8 @@ SETTINGS = {
         _resnet("resnet, 5 images", 5),
         _resnet("resnet, 15 images", 15),
         _resnet("resnet, 50 images", 50),
-        _resnet("resnet, 1000 classes", 5, GLYPHS_1000, steps=700),
+        # By cross-entropy's validation accuracy: 97.3 % at 0.1, 98.3 % at 0.2.
+        _resnet("resnet, 1000 classes", 5, GLYPHS_1000, steps=700, peak_lr=0.2),
         Setting(
             name="vit, 50 images",
             characters=GLYPHS_200,
