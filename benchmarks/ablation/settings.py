@@ -85,7 +85,8 @@ SETTINGS = {
         _resnet("resnet, 5 images", 5),
         _resnet("resnet, 15 images", 15),
         _resnet("resnet, 50 images", 50),
-        # By cross-entropy's validation accuracy: 97.3 % at 0.1, 98.3 % at 0.2.
+        # By cross-entropy's validation accuracy on seed 0: 90.7, 97.3, 98.3, 98.1 % at 0.05, 0.1,
+        # 0.2, 0.4.
         _resnet("resnet, 1000 classes", 5, GLYPHS_1000, steps=700, peak_lr=0.2),
         Setting(
             name="vit, 50 images",
