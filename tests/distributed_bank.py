@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +68,41 @@ def check_banks_and_training_equal_one_process(rank: int, world: int) -> None:
     assert alone.health()["body"]["reg_norm"] > 0
     for name, value in shared.state_dict().items():
         torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+def check_banks_of_unequal_and_empty_batches_equal_one_process(rank: int, world: int) -> None:
+    network = Network().double()
+    alone, shared = cwbr_fused.CWBR(CLASSES), cwbr_fused.CWBR(CLASSES, group="world")
+    sizes = (20, 13) if world == 2 else (11, 0, 17, 5)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for x, y in steps(4, sum(sizes)):
+        for cwbr, (inputs, targets) in ((alone, (x, y)), (shared, (x[own], y[own]))):
+            features, logits = network(inputs)
+            cwbr(features, logits, targets)
+            network.zero_grad()
+            cross_entropy(logits, targets, reduction="sum").backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    for name, value in shared.state_dict().items():
+        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+def check_fsdp2_training_with_a_shared_bank_equals_one_process(rank: int, world: int) -> None:
+    single, network = Network().double(), Network().double()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (network.body, network.neck, network.head, network):
+        fully_shard(layer, mesh=mesh)
+    alone, shared = cwbr_fused.CWBR(CLASSES), cwbr_fused.CWBR(CLASSES, group="world")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (single, network)]
+    own = slice(12 * rank, 12 * (rank + 1))
+    for x, y in steps(4, 12 * world):
+        backward(single, alone, (x, y))
+        backward(network, shared, (x[own], y[own]))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert shared.health()["body"]["reg_norm"] > 0
+    sharded = [p.full_tensor() for p in network.parameters()]  # type: ignore[attr-defined]
+    torch.testing.assert_close(flat(sharded), flat(list(single.parameters())), rtol=1e-9, atol=0)
 
 
 def check_banks_are_the_same_bits_in_every_process(rank: int, world: int) -> None:
