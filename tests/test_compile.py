@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,16 +148,20 @@ def test_forward_and_backward_graphs_call_the_fused_operations(top_m: int | None
 
 
 @needs_cpu_kernels
-def test_exported_program_holds_the_operations_and_serves_other_batch_sizes() -> None:
+def test_exported_program_holds_the_operations_and_serves_other_batch_sizes(tmp_path: Path) -> None:
     step = Step("cpu")
     sizes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     program = torch.export.export(step, batch(4, 24), dynamic_shapes=sizes)
     targets = [str(node.target) for node in program.graph.nodes]
     assert "cwbr_fused.plan.default" in targets
     assert "cwbr_fused.regularizer.default" in targets
+    torch.export.save(program, tmp_path / "step.pt2")
+    loaded = torch.export.load(tmp_path / "step.pt2").module()
     for size in (24, 31, 12):
         x, y = batch(5, size)
-        torch.testing.assert_close(program.module()(x, y), step(x, y))
+        expected = step(x, y)
+        torch.testing.assert_close(program.module()(x, y), expected)
+        torch.testing.assert_close(loaded(x, y), expected)
 
 
 class WaitError(Exception):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import cwbr_fused
-from cwbr_fused import ConfusionWeightedBhatReg, FeatureCatcher, PKSampler, backends
+from cwbr_fused import CWBR, ConfusionWeightedBhatReg, FeatureCatcher, PKSampler, backends
 from cwbr_fused.integrations.metric_learning import ConfusionWeightedBhatLoss
 
 BACKENDS = [
@@ -72,6 +72,27 @@ def test_eight_threads_at_once_get_what_one_gets(backend: str, top_m: int | None
         for index, results in enumerate(pool.map(work, range(8), timeout=60)):
             for result in results:
                 assert_same(result, expected[index])
+
+
+def bank_steps(index: int, backend: str) -> list[Tensor]:
+    """Gradients of two steps with a bank, and the bank."""
+    features, logits, targets = case(index)
+    cwbr, grads = CWBR(40, backend=backend), []
+    for _ in range(2):
+        leaves = [z.detach().requires_grad_() for z in features]
+        passed_on = [z.tanh() for z in leaves]
+        cwbr(passed_on, logits, targets)
+        grads += torch.autograd.grad(sum(z.square().mean() for z in passed_on), leaves)
+    return [*grads, *cwbr.state_dict().values()]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eight_threads_with_a_bank_each_get_what_one_gets(backend: str) -> None:
+    expected = [bank_steps(index, backend) for index in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for index, actual in enumerate(pool.map(bank_steps, range(8), [backend] * 8, timeout=60)):
+            assert_same(actual, expected[index])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
