@@ -4,21 +4,23 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
 READY := $(VENV)/.ready
+PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 120
 
-.PHONY: install test test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install environments test test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
 # The compiled kernels are rebuilt whenever a source of theirs is newer than the environment.
 $(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PY) $(PIP) -r requirements-dev.txt
+	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	touch $(READY)
 
 # A file's tests stay in one process, which compiles what they share once.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: $(READY)
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) $(PYTEST)
 
 # The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
 # Python that is found, or of requirements-newest.txt and the newest. They run on a build of their
@@ -33,16 +35,22 @@ PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV
 TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr features \
 	soft_targets cpu_batch cpu_regularizer cpu_arguments cpu_pair_properties)
 
+environments: .venv-oldest/.ready .venv-newest/.ready
+
+# Gigabytes, so a broken connection costs a pause and the wheel that it broke, no more. The file pins
+# what it is about, which a machine's own constraints could only contradict.
 .venv-%/.ready: requirements-%.txt requirements-test.txt
 	test -x .venv-$*/bin/python || $(PYTHON_$*) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $<
+	for pause in 10 60 0; do \
+		PIP_CONSTRAINT=/dev/null .venv-$*/bin/python $(PIP) --no-compile -r $< && exit; \
+		sleep $$pause; done; exit 1
 	touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
 	rm -rf build/$*/lib
 	CWBR_BUILD=cpu .venv-$*/bin/python setup.py -q build \
 		--build-base build/$*/objects --build-lib build/$*/lib
-	cd tests && PYTHONPATH=$(CURDIR)/build/$*/lib ../.venv-$*/bin/python -m pytest $(TORCH_TESTS) \
+	cd tests && PYTHONPATH=$(CURDIR)/build/$*/lib ../.venv-$*/bin/python $(PYTEST) $(TORCH_TESTS) \
 		-k "not triton or changes_no_operation or value_and_gradient_equal_the_reference[6-"
 
 lint: $(READY)
