@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cwbr_fused import backends, soft_targets, validation
-from cwbr_fused.losses import common_vectors, single_steps
+from cwbr_fused.losses import Steps, common_vectors, single_steps
 from cwbr_fused.ops import OPERATIONS
 from cwbr_fused.shrinkage import Adjustment, Shrinkage, Temperature, shrink_variance
 
@@ -104,47 +104,36 @@ def causes_in_batch(
     """
     if _has_peers(group):
         return {} if objective == "log_overlap" else _cause_in_value(value.item())
-    vectors = common_vectors(features, logits)
     name = backends.resolve(backend, logits.device.type)
+    vectors = common_vectors(features, logits)
     adjustment = Adjustment(temperature, shrinkage, noise_floor)
     steps = single_steps(vectors, logits, targets, top_m, min_count, eps, name, adjustment)
-    used, chosen = steps.counts > 0, steps.weights > 0
-    silent = (torch.exp(-steps.distance) == 0) & chosen
     variances = steps.var
     if shrinkage is not None:
         variances = [shrink_variance(v, steps.counts, shrinkage, eps)[0] for v in variances]
-    clamped = [((var <= eps) & used[:, None]).sum(0).double().mean() for var in variances]
-    numbers = [
-        used.sum(),
-        _classes_present(targets, name),
-        value,
-        *(silent.sum(1) / chosen.sum().clamp(min=1)),
-        *(count / used.sum().clamp(min=1) for count in clamped),
-    ]
-    # One wait for the device, for all of them.
-    usable, present, reg, *shares = torch.stack([n.double() for n in numbers]).tolist()
-    silent_share = dict(zip(features, shares[: len(features)], strict=True))
-    clamped_share = dict(zip(features, shares[len(features) :], strict=True))
+    present = _classes_present(targets, name)
+    batch = _measured(value, list(features), steps, variances, present, eps)
 
     causes = {}
-    if usable < max(2, USABLE_CLASSES * present):
+    if batch.usable < max(2, USABLE_CLASSES * batch.present):
         causes["classes"] = (
-            f"{usable:.0f} of the {present:.0f} classes in this batch have min_count={min_count} "
-            f"samples: {'the regularizer is 0' if usable < 2 else 'the others are left out'}. Draw "
+            f"{batch.usable:.0f} of the {batch.present:.0f} classes in this batch have "
+            f"min_count={min_count} samples: "
+            f"{'the regularizer is 0' if batch.usable < 2 else 'the others are left out'}. Draw "
             "batches with cwbr_fused.PKSampler, or use cwbr_fused.CWBR, which needs one sample per "
             "class."
         )
-    if usable < 2:
+    if batch.usable < 2:
         return causes
     if objective == "overlap":
-        if layers := _above(SILENT_PAIRS, silent_share):
+        if layers := _above(SILENT_PAIRS, batch.silent):
             causes["underflow"] = (
                 f"the overlap exp(-D) of the chosen pairs of classes underflows to 0 in {layers}: "
                 f"those have no gradient. {INSTEAD}"
             )
         else:
-            causes |= _cause_in_value(reg)
-    if layers := _above(CLAMPED_VARIANCES, clamped_share):
+            causes |= _cause_in_value(batch.value)
+    if layers := _above(CLAMPED_VARIANCES, batch.clamped):
         causes["clamp"] = (
             f"class variances are at eps={eps:g} or below it in {layers}: these dimensions are "
             "constant within a class, as dead ones are, or small beside eps. Take the features "
@@ -152,6 +141,42 @@ def causes_in_batch(
             + (", or shrinkage for classes of one sample." if min_count == 1 else ".")
         )
     return causes
+
+
+class _Measured(NamedTuple):
+    """A batch in numbers: its classes, the regularizer, and of each layer the share of chosen pairs
+    without overlap and of variances at eps."""
+
+    usable: float
+    present: float
+    value: float
+    silent: dict[str, float]
+    clamped: dict[str, float]
+
+
+def _measured(
+    value: Tensor,
+    layers: list[str],
+    steps: Steps,
+    variances: list[Tensor],
+    present: Tensor,
+    eps: float,
+) -> _Measured:
+    """All numbers in one wait for the device."""
+    used, chosen = steps.counts > 0, steps.weights > 0
+    silent = (torch.exp(-steps.distance) == 0) & chosen
+    clamped = [((var <= eps) & used[:, None]).sum(0).double().mean() for var in variances]
+    numbers = [
+        used.sum(),
+        present,
+        value,
+        *(silent.sum(1) / chosen.sum().clamp(min=1)),
+        *(count / used.sum().clamp(min=1) for count in clamped),
+    ]
+    usable, classes, reg, *shares = torch.stack([n.double() for n in numbers]).tolist()
+    silent_shares = dict(zip(layers, shares[: len(layers)], strict=True))
+    clamped_shares = dict(zip(layers, shares[len(layers) :], strict=True))
+    return _Measured(usable, classes, reg, silent_shares, clamped_shares)
 
 
 def _has_peers(group: ProcessGroup | Literal["world"] | None) -> bool:
