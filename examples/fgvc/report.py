@@ -187,59 +187,77 @@ def write_figure(results: Results, path: Path) -> bool:
     except ImportError:
         return False
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 3)
-    by_name = {line.name: line for line in metrics(results)}
-    layers = list(next(iter(results.values())).evaluation.overlaps)
-    colours = {name: f"C{k}" for k, name in enumerate(results)}
-    panel = [axes[0, 0], axes[0, 1], axes[0, 2], axes[1, 0], axes[1, 1], axes[1, 2]]
+    (accuracy, test, error_rate), (overlap, probes, time) = figure.subplots(2, 3)
+    by_name = {line.name: line.values for line in metrics(results)}
+    pairs_line = next(name for name in by_name if name.startswith("error rate"))
+    _draw_training(accuracy, overlap, results)
+    _draw_bars(test, "test accuracy", "%", results, by_name["test accuracy"])
+    _draw_bars(error_rate, pairs_line, "%", results, by_name[pairs_line])
+    _draw_probes(probes, results, by_name)
+    spent = by_name["of it in the regularizer"]
+    share = by_name["regularizer's share of the time"]
+    labels = [f"{s:.2f} s\n{p:.2f} % of training" for s, p in zip(spent, share, strict=True)]
+    _draw_bars(time, "time in the regularizer", "s", results, spent, labels)
+    figure.savefig(path, dpi=110)
+    return True
 
+
+def _colours(results: Results) -> dict[str, str]:
+    return {name: f"C{k}" for k, name in enumerate(results)}
+
+
+def _draw_training(accuracy: Any, overlap: Any, results: Results) -> None:
+    """What the log has of each step."""
+    colours = _colours(results)
     for name, run in results.items():
-        steps = [row["step"] for row in run.history if "loss" in row]
-        accuracy = [100 * row["accuracy"] for row in run.history if "loss" in row]
-        panel[0].plot(steps, accuracy, color=colours[name], alpha=0.5, label=f"{name}, batch")
+        logged = [row for row in run.history if "loss" in row]
+        steps = [row["step"] for row in logged]
+        percent = [100 * row["accuracy"] for row in logged]
+        accuracy.plot(steps, percent, color=colours[name], alpha=0.5, label=f"{name}, batch")
         checked = [row for row in run.history if "val_accuracy" in row]
-        panel[0].plot(
+        accuracy.plot(
             [row["step"] for row in checked],
             [100 * row["val_accuracy"] for row in checked],
             "o-",
             color=colours[name],
             label=f"{name}, validation",
         )
-        for k, layer in enumerate(layers):
-            values = [row[f"rho {layer}"] for row in run.history if "loss" in row]
+        for k, layer in enumerate(run.evaluation.overlaps):
             style = ("-", "--", ":", "-.")[k % 4]
-            label = f"{name}, {layer}"
-            panel[3].plot(steps, values, style, color=colours[name], label=label)
-    panel[0].set(title="accuracy during training", xlabel="step", ylabel="%")
-    panel[3].set(title="mean rho of the batch's confused pairs", xlabel="step")
-    panel[3].set_yscale("symlog", linthresh=1e-20)
-    panel[0].legend(fontsize=8)
-    panel[3].legend(fontsize=8, loc="lower left")
+            values = [row[f"rho {layer}"] for row in logged]
+            overlap.plot(steps, values, style, color=colours[name], label=f"{name}, {layer}")
+    accuracy.set(title="accuracy during training", xlabel="step", ylabel="%")
+    accuracy.legend(fontsize=8)
+    overlap.set(title="mean rho of the batch's confused pairs", xlabel="step")
+    overlap.set_yscale("symlog", linthresh=1e-20)
+    overlap.legend(fontsize=8, loc="lower left")
 
-    names = list(results)
-    error_rate = next(name for name in by_name if name.startswith("error rate"))
-    for ax, metric in ((panel[1], "test accuracy"), (panel[2], error_rate)):
-        bars = ax.bar(names, by_name[metric].values, color=list(colours.values()))
-        ax.bar_label(bars, fmt="%.2f")
-        ax.margins(y=0.1)
-        ax.set(title=metric, ylabel="%")
-    for k, name in enumerate(names):
-        probes = [by_name[f"linear probe accuracy, {layer}"].values[k] for layer in layers]
-        places = [x + k * 0.8 / len(names) for x in range(len(layers))]
-        bars = panel[4].bar(
-            places, probes, 0.8 / len(names), align="edge", label=name, color=colours[name]
-        )
-        panel[4].bar_label(bars, fmt="%.1f", fontsize=8)
-    panel[4].margins(y=0.1)
-    panel[4].set_xticks([x + 0.4 for x in range(len(layers))], layers)
-    panel[4].set(title="linear probe accuracy, test", ylabel="%")
-    panel[4].legend(fontsize=8, loc="lower right")
-    spent = by_name["of it in the regularizer"].values
-    share = by_name["regularizer's share of the time"].values
-    bars = panel[5].bar(names, spent, color=list(colours.values()))
-    labels = [f"{s:.2f} s\n{p:.2f} % of training" for s, p in zip(spent, share, strict=True)]
-    panel[5].bar_label(bars, labels)
-    panel[5].margins(y=0.2)
-    panel[5].set(title="time in the regularizer", ylabel="s")
-    figure.savefig(path, dpi=110)
-    return True
+
+def _draw_bars(
+    axes: Any,
+    title: str,
+    unit: str,
+    results: Results,
+    values: list[float],
+    labels: list[str] | None = None,
+) -> None:
+    """A bar for each method, with its label or its value above it."""
+    bars = axes.bar(list(results), values, color=list(_colours(results).values()))
+    axes.bar_label(bars, labels, fmt="%.2f")
+    axes.margins(y=0.2)
+    axes.set(title=title, ylabel=unit)
+
+
+def _draw_probes(axes: Any, results: Results, by_name: Mapping[str, list[float]]) -> None:
+    """Of each layer the accuracy of its linear probe, the methods side by side."""
+    layers = list(next(iter(results.values())).evaluation.overlaps)
+    width = 0.8 / len(results)
+    for k, (name, colour) in enumerate(_colours(results).items()):
+        values = [by_name[f"linear probe accuracy, {layer}"][k] for layer in layers]
+        places = [x + k * width for x in range(len(layers))]
+        bars = axes.bar(places, values, width, align="edge", label=name, color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.margins(y=0.1)
+    axes.set_xticks([x + 0.4 for x in range(len(layers))], layers)
+    axes.set(title="linear probe accuracy, test", ylabel="%")
+    axes.legend(fontsize=8, loc="lower right")
