@@ -155,24 +155,35 @@ def check_fewer_than_two_usable_classes_give_a_connected_zero(rank: int, world: 
             assert not any(g.any() for g in gradients)
 
 
+class Collectives(TorchDispatchMode):
+    """Records the name and the number of elements of each collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.seen.append((func._opname, sum(t.numel() for t in args[0])))
+        return func(*args, **(kwargs or {}))
+
+
 def check_only_moments_travel(rank: int, world: int) -> None:
     samples, classes = 50, 3
     own = batch(samples, rank, classes)
-    collectives: list[tuple[str, int]] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func.namespace == "c10d":
-                collectives.append((func._opname, sum(t.numel() for t in args[0])))
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
+    with Collectives() as loss:
         own.loss(group="world").backward()
     moments = classes * sum(z.shape[1] for z in own.features)
     sizes = [CLASSES, classes * classes, moments, moments, 2 * moments]
-    assert collectives == [("allreduce_", size) for size in sizes]
+    assert loss.seen == [("allreduce_", size) for size in sizes]
+
+    passed_on = [z.tanh() for z in own.features]
+    with Collectives() as bank:
+        cwbr_fused.CWBR(CLASSES, group="world")(passed_on, own.logits, own.targets)
+        torch.stack([z.sum() for z in passed_on]).sum().backward()
+    balances = [3] * len(passed_on)
+    sizes = [CLASSES, moments, moments, 2, *balances]
+    assert bank.seen == [("allreduce_", size) for size in sizes]
 
 
 def check_a_broken_sample_of_one_process_is_seen_by_all(rank: int, world: int) -> None:
