@@ -89,6 +89,7 @@ docs: $(READY)
 
 # Resumes where an earlier run ended. Wants a quiet machine.
 bench: $(READY)
+	$(PY) $(PIP) pykeops
 	$(PY) -m benchmarks.run
 
 bench-quick: $(READY)

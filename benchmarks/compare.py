@@ -153,7 +153,8 @@ def work(site: Path, questions: IO[str]) -> None:
     import torch
 
     import cwbr_fused
-    from benchmarks.providers import Provider, fused, step
+    from benchmarks.fused import fused
+    from benchmarks.providers import Provider, step
     from benchmarks.workloads import BY_NAME, make
 
     loaded = Path(cwbr_fused.__file__)

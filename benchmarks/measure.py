@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -13,16 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 # A timed sample repeats its call until it takes this long, a slower call is sampled once.
-SAMPLE_SECONDS, SLOW_SECONDS = 1e-3, 3.0
-ROUNDS = (5, 60)
+SAMPLE_SECONDS, SLOW_SECONDS = 1e-3, 2.0
+ROUNDS = (3, 60)
 
 
 def synchronize(device: str) -> None:
@@ -41,37 +44,46 @@ def seconds(call: Callable[[], object], device: str = "cpu", repeats: int = 1) -
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], budget: float, device: str = "cpu"
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    device: str = "cpu",
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each, in rounds that time every call once, from a rotating start.
 
     So a disturbance of the machine hits all alike, and sample r of one may be divided by sample r
-    of another. Calls slower than SLOW_SECONDS take part in round 0 only. They are expected to be
-    warm.
+    of another. A slow call leaves after fewer rounds than a fast one; one slower than SLOW_SECONDS
+    is sampled once, before the rounds. They are expected to be warm.
 
     Args:
         calls: by name.
-        budget: seconds per call to spend on repeated rounds; there are at least ROUNDS[0].
+        budget: seconds per call to spend on its rounds; there are at least ROUNDS[0].
+        known: seconds of an earlier call, of those whose earlier call was like every other.
     """
-    once = {name: seconds(call, device) for name, call in calls.items()}
-    samples = {name: [s] for name, s in once.items() if s > SLOW_SECONDS}
-    fast = [name for name in calls if name not in samples]
-    if not fast:
-        return samples
+    known = known or {}
+    once = {
+        name: known[name] if known.get(name, 0) > SLOW_SECONDS else seconds(call, device)
+        for name, call in calls.items()
+    }
+    samples = {name: [s] if s > SLOW_SECONDS else [] for name, s in once.items()}
+    fast = [name for name in calls if not samples[name]]
     repeats = {name: max(1, round(SAMPLE_SECONDS / once[name])) for name in fast}
-    cost = sum(once[name] * repeats[name] for name in fast)
-    rounds = int(min(max(budget * len(fast) / cost, ROUNDS[0]), ROUNDS[1]))
-    samples |= {name: [] for name in fast}
+    rounds = {name: _rounds(once[name] * repeats[name], budget) for name in fast}
     gc.collect()
     gc.disable()
     try:
-        for r in range(rounds):
-            first = r % len(fast)
-            for name in fast[first:] + fast[:first]:
+        for r in range(max(rounds.values(), default=0)):
+            due = [name for name in fast if r < rounds[name]]
+            first = r % len(due)
+            for name in due[first:] + due[:first]:
                 samples[name].append(seconds(calls[name], device, repeats[name]))
     finally:
         gc.enable()
     return samples
+
+
+def _rounds(cost: float, budget: float) -> int:
+    return int(min(max(budget / cost, ROUNDS[0]), ROUNDS[1]))
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -83,7 +95,9 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds both took part in of samples / base."""
+    """Median over the rounds both took part in of samples / base; of one sample, of medians."""
+    if min(len(samples), len(base)) == 1:
+        return statistics.median(samples) / statistics.median(base)
     return statistics.median(s / b for s, b in zip(samples, base, strict=False))
 
 
@@ -128,18 +142,20 @@ def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     return _status_bytes("VmHWM") - before
 
 
+# Small blocks go back to the system too, so that none is reused unseen.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
 def in_fresh_process(module: str, *arguments: str, timeout: float) -> Any:
     """Run `python -m module arguments...` and return the JSON value of its last line of output.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
-    # Small blocks go back to the system too, so that none is reused unseen.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     process = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | MALLOC,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -147,6 +163,45 @@ def in_fresh_process(module: str, *arguments: str, timeout: float) -> Any:
     if process.returncode != 0:
         raise RuntimeError(f"{module} {arguments}: {process.stderr[-500:]}")
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def in_child(function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+    """`function(*arguments)` in a process of its own, forked from one that has only imports behind
+    it: as fresh as `in_fresh_process`, without seconds of imports each time.
+
+    Raises:
+        RuntimeError: it failed, by its exception's text or its exit code, or took too long.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__, "torch._inductor.compile_fx"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments))
+    # Read by the process that is forked, which the first call starts. A pool of compilers would not
+    # outlive its child.
+    with patch.dict(os.environ, MALLOC | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}):
+        process.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            raise RuntimeError(f"no answer in {timeout:.0f} s")
+        failed, value = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"ended with exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if failed:
+        raise RuntimeError(value)
+    return value
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the child: send (False, result) or (True, what went wrong)."""
+    try:
+        sender.send((False, function(*arguments)))
+    except Exception as failure:
+        sender.send((True, f"{type(failure).__name__}: {failure}"))
 
 
 def _tensors(tree: object) -> list[torch.Tensor]:

@@ -93,19 +93,24 @@ def chunked_checkpoint(
 
 
 def keops(x: Gaussians, y: Gaussians, weights: Tensor, chosen: Chosen | None) -> Tensor:
-    """KeOps' symbolic (K, K, D). It takes no dense (K, K) weights: they enter as `w_i . e_j`."""
+    """KeOps' symbolic (K, K, D), all pairs of x with itself.
+
+    KeOps takes dense weights only as a variable of j, so each row i is a batch of its own; what it
+    compiles then depends on D alone. With weights that are symmetric the gradient by the rows i is
+    half the whole one: that by the columns j, the same, is not formed.
+    """
     os.environ.setdefault("PYKEOPS_VERBOSE", "0")
     from pykeops.torch import LazyTensor
 
     assert chosen is None
-    mean_x, u_x, w = (LazyTensor(f[:, None].contiguous()) for f in (*x[:2], weights))
-    unit = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)
-    mean_y, u_y, e = (LazyTensor(f[None].contiguous()) for f in (*y[:2], unit))
+    mean_x, u_x = (LazyTensor(field[:, None, None].contiguous()) for field in x[:2])
+    mean_y, u_y = (LazyTensor(field.detach()[None, None].contiguous()) for field in y[:2])
+    w = LazyTensor((weights + weights.T)[:, None, :, None].contiguous())
     s = (u_x + u_y) / 2
     logs = s.log() / 2 - u_x.log() / 4 - u_y.log() / 4
     d = ((mean_x - mean_y) ** 2 / (8 * s) + logs).sum(-1)
-    total: Tensor = ((w | e) * (-d).exp()).sum(1).sum() / weights.sum().clamp(min=EPS)
-    return total
+    both: Tensor = (w * (-d).exp()).sum(dim=2).sum() / weights.sum().clamp(min=EPS)
+    return both - both.detach() / 2
 
 
 def class_stats(z: Tensor, row: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

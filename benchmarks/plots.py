@@ -26,8 +26,9 @@ LABELS = {
     "plain compiled": "torch.compile",
     "chunked": "row chunks",
     "chunked checkpoint": "checkpointed",
+    "keops": "KeOps",
 }
-COLORS = ("#8c8c8c", "#b07aa1", "#c49a3c", "#5b9aa0")
+COLORS = ("#8c8c8c", "#b07aa1", "#c49a3c", "#5b9aa0", "#7a8b4f")
 OWN_COLOR = "#d1383a"
 
 

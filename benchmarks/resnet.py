@@ -1,4 +1,8 @@
-"""The share of a real training step: ResNet-50 on 224 x 224 images, four layers regularized."""
+"""A real training step to compare with: ResNet-50, 224 x 224 images, SGD, four layers regularized.
+
+Its time per image, which does not depend on the batch, says what share of a step of any batch the
+regularizer of that batch would be.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,22 @@ from torch.nn.functional import cross_entropy
 
 import cwbr_fused
 from benchmarks import measure
-from benchmarks.providers import Provider, step
+from benchmarks.providers import Provider
 from benchmarks.results import Row
-from benchmarks.session import Session
+from benchmarks.session import OWN, Session
 from benchmarks.workloads import RESNET50, Inputs, Workload
 
-# CUB's classes, in a batch that a training step on two CPU cores can afford.
-WORKLOAD = Workload("ResNet-50 step", "loss", RESNET50, 8, 200, 32, 4, 64)
-# A step takes seconds on a CPU: these providers, this often.
-TIMED, ROUNDS = ("plain", "cwbr cpu", "cwbr triton", "cwbr cuda"), 3
+# A step takes seconds on a CPU.
+ROUNDS = 3
+
+
+def _training(batch: int) -> Workload:
+    """CUB's classes, four samples each."""
+    return Workload(f"ResNet-50 B={batch}", "loss", RESNET50, batch // 4, 200, batch, 4, 64)
+
+
+# Batches that two CPU cores can afford. The time per image is taken from the larger one.
+SMALLER, LARGER = _training(16), _training(32)
 
 
 class Bottleneck(nn.Module):
@@ -104,45 +115,28 @@ class Trainer:
         total.backward()
         self.optimizer.step()
 
-    def leaves(self) -> Inputs:
-        """The regularizer's inputs of one step, cut off from the network."""
-        with torch.no_grad():
-            maps, logits = self.model(self.images)
-            inputs = self.inputs(maps, logits)
-        for z in inputs.features:
-            z.requires_grad_()
-        return inputs
 
+def measure_steps(session: Session) -> list[Row]:
+    """Step times without a regularizer, at two batch sizes, and with this package's, interleaved.
 
-def measure_steps(session: Session, trainer: Trainer) -> list[Row]:
-    """Step time without and with each provider, and each regularizer's own time as a share.
-
-    On a CPU the difference of two steps drowns in their noise: the share is the time of the
-    regularizer alone, forward and backward on the step's features, over a step without it.
+    The difference of a step with and one without drowns in their noise. It is no measure of the
+    regularizer, whose own time is that of its workload.
     """
-    workload = trainer.workload.name
-    providers = session.providers(trainer.workload)
-    providers = {name: providers[name] for name in TIMED if name in providers}
-    steps: dict[str, Callable[[], object]] = {"none": partial(trainer.step, None)}
-    steps |= {name: partial(trainer.step, provider) for name, provider in providers.items()}
+    smaller, larger = (Trainer(workload, session.device) for workload in (SMALLER, LARGER))
+    steps: dict[tuple[str, str], Callable[[], object]] = {
+        (trainer.workload.name, "none"): partial(trainer.step, None)
+        for trainer in (smaller, larger)
+    }
+    for name, provider in session.providers(SMALLER).items():
+        if name in OWN:
+            steps[SMALLER.name, name] = partial(smaller.step, provider)
     for call in steps.values():
         call()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(ROUNDS):
-        for name, call in steps.items():
-            taken[name].append(measure.seconds(call, session.device))
-    inputs = trainer.leaves()
-    alone = measure.interleave(
-        {name: partial(step, provider, inputs) for name, provider in providers.items()},
-        1.0,
-        session.device,
-    )
-    rows = [
+        for key, call in steps.items():
+            taken[key].append(measure.seconds(call, session.device))
+    return [
         session.row(workload, name, "training step", "time_ms", [s * 1e3 for s in samples])
-        for name, samples in taken.items()
+        for (workload, name), samples in taken.items()
     ]
-    without = measure.spread(taken["none"])[0]
-    for name, samples in alone.items():
-        shares = [100 * s / without for s in samples]
-        rows.append(session.row(workload, name, "training step", "share_percent", shares))
-    return rows

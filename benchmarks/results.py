@@ -17,6 +17,9 @@ FOLDER = ROOT / "benchmarks" / "results"
 # What the numbers depend on: committing results or documents makes none of them stale.
 MEASURED_PATHS = ("cwbr_fused", "csrc", "triton_kernels", "setup.py", "benchmarks/*.py")
 
+# Workload, provider, mode, metric, device, threads.
+Key = tuple[str, str, str, str, str, int]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -45,7 +48,7 @@ class Row:
     commit: str
 
     @property
-    def key(self) -> tuple[str, str, str, str, str, int]:
+    def key(self) -> Key:
         """What is unique in a file of results."""
         return (
             self.workload,
@@ -90,7 +93,7 @@ class Results:
     def __init__(self, path: Path, current: str) -> None:
         """Args: current: the commit whose rows count as done; others are replaced when measured."""
         self.path, self.current = path, current
-        self.rows: dict[tuple[str, str, str, str, str, int], Row] = {}
+        self.rows: dict[Key, Row] = {}
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = {row.key: row for row in map(self._parse, csv.DictReader(file))}
@@ -126,8 +129,16 @@ class Results:
         }
         return set(providers) <= done
 
+    def drop_others(self) -> None:
+        """Forget rows of other commits: after a whole run, of what is no longer measured."""
+        self.rows = {key: row for key, row in self.rows.items() if row.commit == self.current}
+        self._write()
+
     def add(self, rows: Iterable[Row]) -> None:
         self.rows |= {row.key: row for row in rows}
+        self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         with unfinished.open("w", newline="") as file:

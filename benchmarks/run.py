@@ -55,12 +55,11 @@ def _machine_unit(session: Session) -> Unit:
 
 
 def _training_unit(session: Session) -> Unit:
-    def measured() -> list[Row]:
-        trainer = resnet.Trainer(resnet.WORKLOAD, session.device)
-        return resnet.measure_steps(session, trainer)
+    def done() -> bool:
+        workloads = (resnet.SMALLER, resnet.LARGER)
+        return all(session.has(workload.name, ["none"], "time_ms") for workload in workloads)
 
-    name = resnet.WORKLOAD.name
-    return Unit(name, session, partial(session.has, name, ["none"], "time_ms"), measured)
+    return Unit("ResNet-50", session, done, partial(resnet.measure_steps, session))
 
 
 def units(sessions: list[Session]) -> Iterator[Unit]:
@@ -107,20 +106,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>.csv")
-    parser.add_argument("--minutes", type=float, default=38, help="start nothing new after this")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start nothing new after this"
+    )
     parser.add_argument("--only", nargs="+", default=[], help="units whose name contains one")
     arguments = parser.parse_args()
 
     results = Results(arguments.out or FOLDER / f"{arguments.device}.csv", commit())
     threads = (1, 2) if arguments.device == "cpu" else (torch.get_num_threads(),)
-    sessions = [Session(results, arguments.device, count) for count in threads]
+    sessions = [Session(results, arguments.device, n, few=n != threads[0]) for n in threads]
 
     def wanted() -> Iterator[Unit]:
         for unit in units(sessions):
             if not arguments.only or any(part in unit.name for part in arguments.only):
                 yield unit
 
-    run(wanted(), results, arguments.minutes)
+    if run(wanted(), results, arguments.minutes) and not arguments.only:
+        results.drop_others()
     print(f"{len(results.rows)} rows in {results.path}")
 
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks import measure
-from benchmarks.providers import MEMORY_LIMIT, PLAIN, RUN, Checker, Provider, table
-from benchmarks.results import Results, Row, device_name
+from benchmarks import measure, memory
+from benchmarks.providers import CHOOSING, MEMORY_LIMIT, PLAIN, RUN, Checker, Provider, table
+from benchmarks.results import Key, Results, Row, device_name
 from benchmarks.workloads import BY_NAME, Workload, make
 
-# A provider predicted to need longer for one call is left out, and so is one that did need longer.
-CALL_LIMIT_SECONDS = 20.0
+# A provider predicted to need longer for one call is left out.
+CALL_LIMIT_SECONDS = 12.0
 # Spent on the repeated rounds, per provider, mode and workload.
-BUDGET_SECONDS = 0.5
+BUDGET_SECONDS = 0.6
 CHILD_LIMIT_SECONDS = 180.0
+# This package's kernels, by provider.
+OWN = ("cwbr cuda", "cwbr cpu", "cwbr triton")
 
 
 @dataclass
 class Session:
-    """One device, number of threads and file of results."""
+    """One device, number of threads and file of results.
+
+    `few` leaves out all but the plain formulas, their fastest form and this package's kernels.
+    """
 
     results: Results
     device: str
     threads: int
+    few: bool = False
 
     def __post_init__(self) -> None:
         self.device_name = device_name(self.device)
@@ -66,7 +71,13 @@ class Session:
             name: provider
             for name, provider in table(self.device).items()
             if provider.missing is None and provider.takes(workload)
+            if not self.few or name in self._few(workload)
         }
+
+    @staticmethod
+    def _few(workload: Workload) -> tuple[str, ...]:
+        fastest = "gathered compiled" if workload.kind in CHOOSING else "plain compiled"
+        return (PLAIN, fastest, *OWN)
 
     def done(self, workload: Workload, metric: str) -> bool:
         return self.has(workload.name, self.providers(workload), metric)
@@ -75,22 +86,25 @@ class Session:
         return self.results.has(workload, providers, metric, self.device_name, self.threads)
 
     def predicted_seconds(self, provider: Provider, workload: Workload, mode: str) -> float:
-        """From the largest workload of the kind in the results: the time per element is alike."""
-        elements, milliseconds = 0, 0.0
+        """From the next smaller workload of the kind in the results: as long per element.
+
+        0 where there is none.
+        """
+        known = []
         for row in self.results.rows.values():
-            same = (row.provider, row.mode, row.metric, row.device, row.threads) == (
-                provider.name,
-                mode,
-                "time_ms",
-                self.device_name,
-                self.threads,
-            )
+            mine = self.key(row.workload, provider.name, mode, "time_ms") == row.key
             other = BY_NAME.get(row.workload)
-            if not same or other is None or other.kind != workload.kind or row.median is None:
-                continue
-            if provider.elements(other) > elements:
-                elements, milliseconds = provider.elements(other), row.median
-        return milliseconds / 1e3 * provider.elements(workload) / elements if elements else 0.0
+            if mine and other is not None and other.kind == workload.kind and row.median:
+                elements = provider.elements(other)
+                if elements < provider.elements(workload):
+                    known.append((elements, row.median / 1e3))
+        if not known:
+            return 0.0
+        elements, taken = max(known)
+        return taken * provider.elements(workload) / elements
+
+    def key(self, workload: str, provider: str, mode: str, metric: str) -> Key:
+        return workload, provider, mode, metric, self.device_name, self.threads
 
     def objection(self, provider: Provider, workload: Workload, mode: str) -> str | None:
         """Why this run is not even tried."""
@@ -108,15 +122,18 @@ class Session:
         rows = []
         for mode, run in RUN.items():
             calls: dict[str, Callable[[], object]] = {}
+            known: dict[str, float] = {}
             for name, provider in providers.items():
-                note = self.objection(provider, workload, mode) or self.trial(
-                    checker, provider, mode
-                )
+                note = self.objection(provider, workload, mode)
+                if note is None:
+                    note, taken = checker.judge(provider, mode)
+                    if provider.steady:
+                        known[name] = taken
                 if note is None:
                     calls[name] = partial(run, provider, inputs)
                 else:
                     rows.append(self.row(workload.name, name, mode, "time_ms", [], note=note))
-            samples = measure.interleave(calls, BUDGET_SECONDS, self.device)
+            samples = measure.interleave(calls, BUDGET_SECONDS, self.device, known)
             milliseconds = {name: [s * 1e3 for s in taken] for name, taken in samples.items()}
             base = milliseconds.get(PLAIN)
             rows += [
@@ -125,14 +142,6 @@ class Session:
             ]
         return rows
 
-    def trial(self, checker: Checker, provider: Provider, mode: str) -> str | None:
-        """Run once, as warm-up and check: the reason not to time it, or None."""
-        notes: list[str | None] = []
-        taken = measure.seconds(lambda: notes.append(checker.complaint(provider, mode)))
-        if notes[0] is None and taken > CALL_LIMIT_SECONDS and not provider.compiled:
-            return f"too slow: {taken:.0f} s"
-        return notes[0]
-
     def memory(self, workload: Workload, providers: Mapping[str, Provider]) -> list[Row]:
         """Peak extra memory of forward+backward, each provider in a process of its own."""
         rows, base = [], None
@@ -140,13 +149,13 @@ class Session:
             note = self.objection(provider, workload, "step") or ""
             samples: list[float] = []
             if not note:
-                arguments = (workload.name, name, self.device, str(self.threads))
+                arguments = (workload.name, name, self.device, self.threads)
                 try:
-                    peak = measure.in_fresh_process(
-                        "benchmarks.memory", *arguments, timeout=CHILD_LIMIT_SECONDS
+                    peak = measure.in_child(
+                        memory.peak_extra_bytes, *arguments, timeout=CHILD_LIMIT_SECONDS
                     )
                     samples = [peak / 1e6]
-                except (RuntimeError, subprocess.TimeoutExpired) as failure:
+                except RuntimeError as failure:
                     note = f"failed: {failure}".replace("\n", " ")[-200:]
             if name == PLAIN:
                 base = samples
@@ -162,17 +171,24 @@ class Session:
         count = measure.count_calls if self.device == "cpu" else measure.count_launches
         rows, base = [], None
         for name, provider in providers.items():
-            note = self.objection(provider, workload, "step") or ""
+            note = self.objection(provider, workload, "step") or self.too_slow(workload, name)
             if provider.compiled and self.device == "cpu":
                 note = "not counted: compiled CPU kernels bypass the dispatcher"
             samples: list[float] = []
             if not note:
-                RUN["step"](provider, inputs)
+                if not provider.steady:
+                    RUN["step"](provider, inputs)
                 samples = [count(partial(RUN["step"], provider, inputs))]
             if name == PLAIN:
                 base = samples
             rows.append(self.row(workload.name, name, "step", "calls", samples, base, note))
         return rows
+
+    def too_slow(self, workload: Workload, provider: str) -> str:
+        """Why a step that was timed is not done again for a count; nothing where it may be."""
+        row = self.results.rows.get(self.key(workload.name, provider, "step", "time_ms"))
+        taken = row.median / 1e3 if row is not None and row.median is not None else 0.0
+        return f"too slow: {taken:.0f} s" if taken > CALL_LIMIT_SECONDS else ""
 
 
 MEASUREMENTS = {

@@ -11,7 +11,15 @@ from benchmarks.providers import PLAIN
 from benchmarks.results import Row
 from benchmarks.workloads import REALISTIC, SWEEP, Workload
 
-PEERS = (PLAIN, "plain compiled", "chunked", "chunked checkpoint", "gathered", "gathered compiled")
+PEERS = (
+    PLAIN,
+    "plain compiled",
+    "chunked",
+    "chunked checkpoint",
+    "gathered",
+    "gathered compiled",
+    "keops",
+)
 
 
 class Numbers:
@@ -89,11 +97,45 @@ def sizes(workload: Workload) -> str:
     return f"B={workload.batch}, C={workload.classes:,}, D={dims}, {pairs}"
 
 
+def seconds_per_image(
+    numbers: Numbers, threads: int, workload: Workload = resnet.LARGER
+) -> float | None:
+    """Of a ResNet-50 training step without a regularizer."""
+    taken = numbers.median(workload.name, "none", "training step", "time_ms", threads)
+    return None if taken is None else taken / 1e3 / workload.batch
+
+
+def share(numbers: Numbers, workload: Workload, provider: str, threads: int) -> str:
+    """Of a ResNet-50 step of as many images: the regularizer's own forward and backward."""
+    own = numbers.median(workload.name, provider, "step", "time_ms", threads)
+    image = seconds_per_image(numbers, threads)
+    if own is None or image is None:
+        return ""
+    return f"{100 * own / 1e3 / (workload.images * image):.2g} %"
+
+
+def share_note(numbers: Numbers, threads: int) -> str:
+    """What of a share is measured and what is scaled; nothing where there is none."""
+    larger = seconds_per_image(numbers, threads)
+    if larger is None:
+        return ""
+    smaller = seconds_per_image(numbers, threads, resnet.SMALLER)
+    check = "" if smaller is None else f" (at B={resnet.SMALLER.batch}: {smaller:.3g} s)"
+    return (
+        "Of a ResNet-50 step: the regularizer's own time, measured, over that of a training step "
+        "with as many images (224 x 224, SGD, no regularizer), which is scaled: B times "
+        f"{larger:.3g} s per image, measured at B={resnet.LARGER.batch}{check}. Where a workload "
+        "starts from class moments, B is the smallest batch that has them: one image per class "
+        "against a bank, two per class where all pairs of a batch are taken.\n"
+    )
+
+
 def readme_table(numbers: Numbers) -> str:
     """Forward and backward of the realistic workloads, and of one all-pairs problem."""
     own = numbers.own()
     columns = (PLAIN, "plain compiled", "gathered compiled", own)
-    header = ["one training step's regularizer", *columns, "peak extra memory: plain", own]
+    header = ["one training step's regularizer", *columns, "of a ResNet-50 step"]
+    header += ["peak extra memory: plain", own]
     lines = []
     for workload in (*REALISTIC, SWEEP[3]):
         times = [cell(numbers.get(workload.name, p, "step", "time_ms")) for p in columns]
@@ -104,26 +146,28 @@ def readme_table(numbers: Numbers) -> str:
             label = f"all pairs of K={workload.groups}, D={workload.dims[0]}"
         else:
             label = f"{workload.name}: {sizes(workload)}"
-        lines.append([label, *times, *memory])
+        lines.append([label, *times, share(numbers, workload, own, 1), *memory])
     return (
         table(header, lines)
         + "\nForward + backward on one thread, medians of interleaved runs; out of memory: over"
-        + f" 8 GB by prediction. {numbers.provenance()}.\n"
+        + f" 8 GB by prediction. {numbers.provenance()}.\n\n{share_note(numbers, 1)}".rstrip()
+        + "\n"
     )
 
 
 def _comparison(numbers: Numbers, workloads: Iterable[Workload], mode: str, threads: int) -> str:
     own = numbers.own()
-    header = ["workload", *PEERS, "cwbr reference", own, "plain ÷ it"]
+    names = (*PEERS, "cwbr reference", own)
+    header = ["workload", *names, "plain ÷ it"] + ["of a ResNet-50 step"] * (mode == "step")
     lines = []
     for workload in workloads:
-        names = (*PEERS, "cwbr reference", own)
         rows = [numbers.get(workload.name, p, mode, "time_ms", threads) for p in names]
         if not any(rows):
             continue  # not measured yet
         mine = rows[-1]
         ratio = f"{1 / mine.ratio_to_plain:.3g}" if mine and mine.ratio_to_plain else ""
-        lines.append([workload.name, *map(cell, rows), ratio])
+        shares = [share(numbers, workload, own, threads)] * (mode == "step")
+        lines.append([workload.name, *map(cell, rows), ratio, *shares])
     return table(header, lines)
 
 
@@ -190,6 +234,14 @@ def roofline(numbers: Numbers, threads: int) -> str:
     return table(header, lines)
 
 
+def roofline_note() -> str:
+    forward, backward = operations.IDEAL_SLOTS.values()
+    return (
+        f"Of peak: {forward} slots forward and {backward} backward, the arithmetic of the formulas "
+        "in a form that does not cancel, over the slots that were spent.\n"
+    )
+
+
 def machine(numbers: Numbers, threads: int) -> str:
     def get(metric: str) -> str:
         value = numbers.median("machine", "measured", "machine", metric, threads)
@@ -202,16 +254,16 @@ def machine(numbers: Numbers, threads: int) -> str:
 
 
 def training(numbers: Numbers) -> str:
-    """ResNet-50 steps with each regularizer, and the regularizer's own share."""
+    """ResNet-50 steps without and with a regularizer, and their time per image."""
+    batches = {workload.name: workload.batch for workload in (resnet.SMALLER, resnet.LARGER)}
     lines = []
     for row in numbers.rows:
-        if row.workload == resnet.WORKLOAD.name and row.metric == "time_ms":
-            share = numbers.median(
-                row.workload, row.provider, row.mode, "share_percent", row.threads
+        if row.workload in batches and row.median is not None:
+            image = row.median / 1e3 / batches[row.workload]
+            lines.append(
+                [row.workload, row.provider, str(row.threads), cell(row), f"{image:.3g} s"]
             )
-            shown = "" if share is None else f"{share:.3g} %"
-            lines.append([row.provider, str(row.threads), cell(row), shown])
-    return table(["regularizer", "threads", "whole step", "regularizer alone, of a step"], lines)
+    return table(["step", "regularizer", "threads", "time", "per image"], lines)
 
 
 def report(numbers: Numbers) -> str:
@@ -224,17 +276,19 @@ def report(numbers: Numbers) -> str:
                 f"## Time, {title}, {threads} thread{'s' * (threads > 1)}\n",
                 _comparison(numbers, (*REALISTIC, *SWEEP), mode, threads),
             ]
+        parts.append(share_note(numbers, threads))
         parts += [
             f"## Roofline, {threads} thread{'s' * (threads > 1)}\n",
             machine(numbers, threads),
             roofline(numbers, threads),
+            roofline_note(),
         ]
     parts += [
         "## Peak extra memory, forward + backward\n",
         _by_step_metric(numbers, (*REALISTIC, *SWEEP[:6]), "peak_extra_mb"),
         "## Dispatcher calls or kernel launches, forward + backward\n",
         _by_step_metric(numbers, REALISTIC, "calls"),
-        "## A training step of ResNet-50 (B=32, 224 x 224, four layers)\n",
+        "## A training step of ResNet-50 (224 x 224, SGD, four layers)\n",
         training(numbers),
         "## How cost grows\n",
         growth(numbers),

@@ -26,7 +26,7 @@ QUICK = (
 PROVIDERS = {
     name: provider
     for name, provider in table("cpu").items()
-    if provider.missing is None and not provider.compiled and name != "keops"
+    if provider.missing is None and not provider.compiled
 }
 
 

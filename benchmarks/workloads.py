@@ -65,6 +65,12 @@ class Workload:
         pairs = self.top_m * (self.groups if self.kind == "bank" else 1)
         return min(pairs * sum(self.dims), self.all_elements)
 
+    @property
+    def images(self) -> int:
+        """Of its batch; where only moments are given, of the smallest that has them: a sample per
+        class against a bank, two per class among the pairs of a batch."""
+        return self.batch or self.groups * (2 if self.kind == "pairs" else 1)
+
     def shrunk(self) -> Workload:
         """The same kind of problem, small enough to run in milliseconds."""
         return replace(

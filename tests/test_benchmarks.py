@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import operator
+import os
 import shutil
+import time
 from dataclasses import fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import oracle
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import compare, machine, measure, operations, peers, plots, resnet, tables
-from benchmarks.providers import PLAIN, Checker, Provider, peer, step, table
+from benchmarks.providers import PLAIN, Checker, Provider, peer, table
 from benchmarks.results import Results, Row
 from benchmarks.run import Unit, run
 from benchmarks.session import Session
@@ -22,7 +25,7 @@ from benchmarks.workloads import BY_NAME, EPS, REALISTIC, make
 PROVIDERS = {
     name: provider
     for name, provider in table("cpu").items()
-    if provider.missing is None and not provider.compiled and name != "keops"
+    if provider.missing is None and not provider.compiled
 }
 SMALL = {w.kind: w for w in (BY_NAME[n].shrunk() for n in ("CUB ResNet-50", "bank"))}
 SMALL["shuffled"] = BY_NAME["shuffled DDP"].shrunk()
@@ -85,6 +88,21 @@ def test_inputs_have_overlaps_and_gradients_that_do_not_underflow(workload) -> N
     value, *gradients = Checker(make(replace(workload.shrunk(), dims=(512,)))).truth
     assert 1e-3 < float(value) < 0.5
     assert all(bool((g != 0).any()) for g in gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(table("cpu")["keops"].missing is not None, reason="pykeops is not installed")
+def test_keops_is_right() -> None:
+    chosen, checker = table("cpu")["keops"], Checker(make(SMALL["pairs"]))
+    assert checker.complaint(chosen, "forward") is None
+    assert checker.complaint(chosen, "step") is None
+
+
+@pytest.mark.skipif("cwbr cpu" not in PROVIDERS, reason="the cpu kernels are not built")
+@pytest.mark.parametrize("groups", [1, 31, 70])
+def test_a_bank_of_any_number_of_rows_is_right(groups: int) -> None:
+    workload = replace(SMALL["bank"], groups=groups, classes=80, top_m=3)
+    assert Checker(make(workload)).complaint(PROVIDERS["cwbr cpu"]) is None
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -179,21 +197,62 @@ def test_a_second_run_skips_what_is_done_and_another_commit_starts_again(tmp_pat
         "a": "def",
         "b": "abc",
     }
+    other.drop_others()
+    assert [r.workload for r in Results(path, "def").rows.values()] == ["a"]
 
 
-def test_interleaving_gives_each_call_a_sample_in_every_round() -> None:
+def test_interleaving_takes_turns_in_every_round() -> None:
     order: list[str] = []
     calls = {name: partial(order.append, name) for name in ("a", "b", "c")}
     samples = measure.interleave(calls, budget=0.01)
-    assert len({len(taken) for taken in samples.values()}) == 1
-    assert len(samples["a"]) >= measure.ROUNDS[0]
-    assert min(order.count(name) for name in calls) > measure.ROUNDS[0]
+    assert all(measure.ROUNDS[0] <= len(s) <= measure.ROUNDS[1] for s in samples.values())
+    turns = [name for name, _ in groupby(order[3:])]
+    assert turns[:9] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+def test_slow_calls_take_part_in_fewer_rounds_and_the_slowest_in_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    cost = {"fast": 1e-3, "slow": 0.5, "slower": 3.0, "slowest": 9.0}
+    monkeypatch.setattr(measure, "seconds", lambda call, *_: call() or cost[made[-1]])
+    calls = {name: partial(made.append, name) for name in cost}
+    samples = measure.interleave(calls, 0.03, known={"slowest": 8.0, "slow": 1.0})
+    assert {name: len(taken) for name, taken in samples.items()} == {
+        "fast": 30,
+        "slow": measure.ROUNDS[0],
+        "slower": 1,
+        "slowest": 1,
+    }
+    assert samples["slowest"] == [8.0]
+    assert "slowest" not in made
+    assert measure.ratio(samples["slow"], samples["slower"]) == pytest.approx(0.5 / 3)
+
+
+def test_a_child_gives_its_result_or_says_what_went_wrong() -> None:
+    assert measure.in_child(operator.add, 2, 3, timeout=60) == 5
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: "):
+        measure.in_child(operator.floordiv, 2, 0, timeout=60)
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        measure.in_child(os._exit, 7, timeout=60)
+    with pytest.raises(RuntimeError, match=r"no answer in 0 s"):
+        measure.in_child(time.sleep, 60, timeout=0.1)
 
 
 def test_spread_and_ratio_of_known_samples() -> None:
     assert measure.spread([1, 2, 3, 4, 5, 6]) == (3.5, 2, 5)
     assert measure.spread([7]) == (7, 7, 7)
     assert measure.ratio([2, 6, 4], [1, 2, 4]) == 2
+
+
+def test_with_several_threads_only_plain_its_fastest_form_and_kernels_are_timed(
+    session: Session,
+) -> None:
+    few = replace(session, threads=2, few=True)
+    kernels = {name for name in PROVIDERS if name == "cwbr cpu"}
+    assert set(few.providers(SMALL["loss"])) == {PLAIN, "gathered compiled"} | kernels
+    assert set(few.providers(SMALL["pairs"])) == {PLAIN, "plain compiled"} | kernels
+    assert set(session.providers(SMALL["pairs"])) > set(few.providers(SMALL["pairs"]))
 
 
 def test_dispatcher_calls_are_counted() -> None:
@@ -234,6 +293,23 @@ def test_verdict_interval_holds_the_median() -> None:
 
 def test_exponent_of_a_power_law() -> None:
     assert tables.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_share_of_a_training_step_scales_the_step_to_the_batch_of_the_workload() -> None:
+    steps = [
+        row(workload.name, "none", mode="training step", median=median)
+        for workload, median in ((resnet.SMALLER, 4400.0), (resnet.LARGER, 8000.0))
+    ]
+    of_batch, of_classes = BY_NAME["CUB ResNet-50"], BY_NAME["landmarks"]
+    own = [row(workload.name, PLAIN, median=64.0) for workload in (of_batch, of_classes)]
+    numbers = tables.Numbers([*steps, *own])
+    assert tables.share(numbers, of_batch, PLAIN, 1) == "0.2 %"  # 64 ms of 128 times 0.25 s
+    assert tables.share(numbers, of_classes, PLAIN, 1) == "0.2 %"  # of 128 classes, an image each
+    assert tables.share(numbers, of_batch, PLAIN, 2) == ""
+    note = tables.share_note(numbers, 1)
+    assert "0.25 s per image, measured at B=32 (at B=16: 0.275 s)" in note
+    assert tables.share_note(numbers, 2) == ""
+    assert BY_NAME["pairs K=64 D=256"].images == 128
 
 
 def test_readme_table_is_replaced_between_its_markers_only() -> None:
@@ -287,11 +363,8 @@ def test_every_operation_runs_alone_at_small_sizes(name: str) -> None:
 
 def test_resnet50_has_its_published_parameters_and_regularized_steps_train_it() -> None:
     assert sum(p.numel() for p in resnet.ResNet50(1000).parameters()) == 25_557_032
-    workload = replace(resnet.WORKLOAD, groups=2, samples=2, batch=4, classes=5)
+    workload = replace(resnet.SMALLER, groups=2, samples=2, batch=4, classes=5)
     trainer = resnet.Trainer(workload, "cpu", pixels=32)
     before = trainer.model.head.weight.clone()
     trainer.step(PROVIDERS["cwbr reference"])
     assert not torch.equal(before, trainer.model.head.weight)
-    value, *gradients = step(PROVIDERS["cwbr reference"], trainer.leaves())
-    assert math.isfinite(float(value))
-    assert [g.shape[1] for g in gradients] == list(resnet.RESNET50)
