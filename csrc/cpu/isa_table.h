@@ -14,13 +14,9 @@ namespace cwbr::CWBR_ISA {
 
 template <class T>
 const PairKernels<T>& pair_kernels() {
-  static constexpr PairKernels<T> table = {kLanes<T>,
-                                           scale<T>,
-                                           pack<T>,
-                                           tile<T>,
-                                           gradient<T>,
-                                           pair_distance<T>,
-                                           pair_distance_backward<T>};
+  static constexpr PairKernels<T> table = {
+      kLanes<T>,   scale<T>,         pack<T>,          tile<T>,
+      gradient<T>, pair_distance<T>, near_distance<T>, pair_distance_backward<T>};
   return table;
 }
 

@@ -15,8 +15,12 @@ namespace {
 
 constexpr int64_t kPanelBytes = 4 << 20;
 constexpr int64_t kMaxRows = 512;
-// Work below this many (pair, vector of dimensions)s is not worth a second thread.
+// Work is counted in (pair, vector of dimensions)s. Below this much, some 20 microseconds, it is
+// not worth a second thread, which costs 3 to 5 to wake and to wait for.
 constexpr int64_t kGrain = 20000;
+// What reading a row's vector costs, to scale and to pack it: it comes from memory. And what the
+// end of a pair costs: its sums over lanes, its logarithm, and its use.
+constexpr int64_t kScaleWork = 4, kPackWork = 8, kPairWork = 8;
 
 // While it lives, this thread takes numbers below the normal range for zero. Gradients of far pairs
 // are full of them, and the processor spends a hundred cycles on each.
@@ -71,6 +75,7 @@ template <class T>
 PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, double eps)
     : kernels_(pair_kernels<T>()),
       rows_{mean, var, k, d, T(eps)},
+      near_(near_limit<T>(d)),
       vectors_((d + kernels_.lanes - 1) / kernels_.lanes),
       rows_per_block_(rows_per_block(k, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
       count_((k + rows_per_block_ - 1) / rows_per_block_),
@@ -78,7 +83,7 @@ PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, dou
       var_scale_(vectors_ * kernels_.lanes),
       safe_(groups(vectors_)),
       scaling_{vectors_, mean_scale_.get(), var_scale_.get(), safe_.get()} {
-  parallel_for(0, groups(vectors_), grain(k * kGroup),
+  parallel_for(0, groups(vectors_), grain(k * kGroup * kScaleWork),
                [&](int64_t first, int64_t last) { kernels_.scale(rows_, first, last, scaling_); });
 }
 
@@ -125,10 +130,21 @@ void PairBlocks<T>::pack(int64_t slot, int64_t block) {
   const int64_t count = round_up(rows(block), kTileRows);
   // Rows are packed by vectors of rows, and by whole tiles.
   const int64_t batch = std::max(kernels_.lanes, kTile), batches = (count + batch - 1) / batch;
-  parallel_for(0, batches, grain(batch * vectors_), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batches, grain(batch * vectors_ * kPackWork), [&](int64_t begin, int64_t end) {
     const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
     kernels_.pack(rows_, scaling_, first(block) + row, rows, rows_from(panel, row));
   });
+}
+
+template <class T>
+void PairBlocks<T>::measure_near(const TileRows& tile, T* distance) const {
+  int any = 0;  // without branches, hence on vectors
+  for (int p = 0; p < kTile * kTile; ++p) any |= distance[p] < near_;
+  if (!any) return;
+  for (int64_t r = 0; r < tile.count_i; ++r)
+    for (int64_t c = tile.i == tile.j ? r + 1 : 0; c < tile.count_j; ++c)
+      if (T& value = distance[r * kTile + c]; value < near_)
+        value = kernels_.near_distance(rows_, tile.i + r, tile.j + c);
 }
 
 template <class T>
@@ -138,13 +154,14 @@ void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
   if (a != b) pack(1, b);
   const Panel<T>&panel_a = panels_[0], &panel_b = panels_[a != b];
   const std::vector<TileRows> tiles = this->tiles(a, b);
-  const int64_t tile_work = kTile * kTile * (vectors_ + 2);
+  const int64_t tile_work = kTile * kTile * (vectors_ + kPairWork);
   parallel_for(0, tiles.size(), grain(tile_work), [&](int64_t begin, int64_t end) {
     alignas(64) T distance[kTile * kTile];
     for (int64_t index = begin; index < end; ++index) {
       const TileRows& rows = tiles[index];
       kernels_.tile(rows_from(panel_a, rows.i - first(a)), rows_from(panel_b, rows.j - first(b)),
                     scaling_, rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
+      measure_near(rows, distance);
       visit({index, rows, distance});
     }
   });

@@ -106,10 +106,13 @@ class PairBlocks {
 
  private:
   void pack(int64_t slot, int64_t block);
+  // Measures pairs of a tile again that are near.
+  void measure_near(const TileRows& tile, T* distance) const;
   Panel<T> rows_from(const Panel<T>& panel, int64_t row) const;
 
   const PairKernels<T>& kernels_;
   Rows<T> rows_;
+  T near_;
   int64_t vectors_, rows_per_block_, count_;
   Buffer<T> mean_scale_, var_scale_;
   Buffer<uint8_t> safe_;

@@ -53,10 +53,13 @@ void pair_distance(const T* mean, const T* var, const int64_t* pairs, int64_t m,
   const PairKernels<T>& kernels = pair_kernels<T>();
   const Rows<T> rows = {mean, var, k, d, T(eps)};
   if (m == 0) return;
-  const T scale = typical_scale(rows, pairs, m);
+  const T scale = typical_scale(rows, pairs, m), near = near_limit<T>(d);
   const int64_t vectors = d / kernels.lanes + 1;
   parallel_for(0, m, 1 + kGrain / vectors, [&](int64_t first, int64_t last) {
     kernels.pair_distance(rows, pairs, first, last, scale, distance);
+    for (int64_t p = first; p < last; ++p)
+      if (distance[p] < near)
+        distance[p] = kernels.near_distance(rows, pairs[2 * p], pairs[2 * p + 1]);
   });
 }
 

@@ -141,6 +141,32 @@ void pair_distance(const Rows<T>& rows, const int64_t* pairs, int64_t first, int
   }
 }
 
+// The logarithms are those of 1 + x, with x = (w_i - w_j)^2 / (4 w_i w_j). Of their product its
+// excess over 1 is kept, lane by lane: no term is negative, so no rounding is larger than that of a
+// term.
+template <class T>
+T near_distance(const Rows<T>& rows, int64_t i, int64_t j) {
+  Vec<T> quadratic = {}, excess = {}, earlier_quadratic = {}, earlier_excess = {};
+  for (int64_t x = 0; x * kLanes<T> < rows.d; ++x) {
+    const Vec<T> w_i = load_variance<false>(rows, i, x), w_j = load_variance<false>(rows, j, x);
+    const Vec<T> mean = load_mean<false>(rows, i, x) - load_mean<false>(rows, j, x);
+    const Vec<T> half = w_i * T(0.5) + w_j * T(0.5), w = w_i - w_j;
+    const Vec<T> spread = w / w_i * (w / w_j * T(0.25));
+    quadratic += mean / half * (mean * T(0.5));
+    excess += fma(spread, excess, spread);
+    if ((x + 1) % kFlush == 0) {
+      earlier_quadratic += quadratic;
+      earlier_excess += fma(earlier_excess, excess, excess);
+      quadratic = excess = Vec<T>{};
+    }
+  }
+  T lanes[2 * kLanes<T>], product = 0;
+  store(lanes, earlier_excess);
+  store(lanes + kLanes<T>, excess);
+  for (const T lane : lanes) product += lane + product * lane;
+  return (sum_lanes<T>(earlier_quadratic + quadratic) + std::log1p(product)) / 4;
+}
+
 // Means are multiplied by this and variances by its square, which leaves room for the sum of the
 // two largest that T has, and for its reciprocal.
 template <class T>

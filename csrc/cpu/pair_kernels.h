@@ -2,7 +2,9 @@
 // functions.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace cwbr {
 
@@ -67,6 +69,14 @@ struct GradientBlock {
   T unit;  // what `grad` counts in
 };
 
+// Pairs measured closer than this are near: the logarithm of a product of d factors is off by up to
+// 8 + 2 sqrt(d) roundings of 1, however small the distance, so they are measured again.
+template <class T>
+T near_limit(int64_t d) {
+  constexpr double rounding = std::numeric_limits<T>::epsilon() / 2;
+  return T(1024 * rounding * (8 + 2 * std::sqrt(double(d))));
+}
+
 template <class T>
 struct PairKernels {
   int lanes;
@@ -95,6 +105,9 @@ struct PairKernels {
   // to 1.
   void (*pair_distance)(const Rows<T>& rows, const int64_t* pairs, int64_t first, int64_t last,
                         T var_scale, T* distance);
+
+  // The distance of rows i and j that are near, to a few roundings of itself.
+  T (*near_distance)(const Rows<T>& rows, int64_t i, int64_t j);
 
   // Writes the gradients of the rows that pairs name, for `count` dimensions from `first` on, a
   // multiple of lanes. `pairs` names them by their position in `used` (n,). `work` holds 4 numbers

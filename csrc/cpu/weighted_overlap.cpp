@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -24,20 +25,26 @@ T far_apart(bool log) {
   return sizeof(T) == 4 ? T(105) : T(747);
 }
 
+// Sum of numbers, in as many parts as the processor adds at once.
+template <class T>
+double sum(const T* begin, const T* end) {
+  constexpr int kParts = 8;
+  double parts[kParts] = {};
+  for (; end - begin >= kParts; begin += kParts)
+    for (int p = 0; p < kParts; ++p) parts[p] += begin[p];
+  for (int p = 0; begin + p < end; ++p) parts[p] += begin[p];
+  return std::accumulate(parts, parts + kParts, 0.0);
+}
+
 // Sum of the weights of all pairs i < j.
 template <class T>
 double total_weight(const T* alpha, int64_t k) {
   std::vector<double> by_row(k);
-  parallel_for(0, k, 1 + (1 << 17) / (k + 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      double sum = 0;
-      for (int64_t j = i + 1; j < k; ++j) sum += alpha[i * k + j];
-      by_row[i] = sum;
-    }
+  parallel_for(0, k, 1 + (1 << 18) / (k + 1), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      by_row[i] = sum(alpha + i * k + i + 1, alpha + (i + 1) * k);
   });
-  double total = 0;
-  for (double sum : by_row) total += sum;
-  return total;
+  return sum(by_row.data(), by_row.data() + k);
 }
 
 // The shares of all pairs in a logarithm's gradient sum to 1, but for the rounding of the
@@ -57,11 +64,11 @@ struct LogSum {
   double sum = 0, highest = -kInfinity;
 
   void add(const LogSum& other) {
-    const double top = std::max(highest, other.highest);
-    if (top == -kInfinity) {
-      sum += other.sum;  // NaN stays
+    if (highest == other.highest) {
+      sum += other.sum;
       return;
     }
+    const double top = std::max(highest, other.highest);
     sum = sum * std::exp(highest - top) + other.sum * std::exp(other.highest - top);
     highest = top;
   }
