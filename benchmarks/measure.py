@@ -183,13 +183,13 @@ def in_child(function: Callable[..., Any], *arguments: Any, timeout: float) -> A
     sender.close()
     try:
         if not receiver.poll(timeout):
+            process.kill()
             raise RuntimeError(f"no answer in {timeout:.0f} s")
         failed, value = receiver.recv()
     except EOFError:
-        process.join()
+        process.join()  # for the exit code
         raise RuntimeError(f"ended with exit code {process.exitcode}") from None
     finally:
-        process.kill()
         process.join()
     if failed:
         raise RuntimeError(value)
