@@ -52,7 +52,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; for "auto" a GPU if there is one."""
     if name != "auto":
         return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
