@@ -223,8 +223,13 @@ def test_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_wrong_option_is_named(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for library in ("timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, library, None)  # as if not installed
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     said = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)
