@@ -55,9 +55,8 @@ def write(rows: list[Row], folder: Path = RESULTS) -> None:
 
 Compiled ahead of time, nothing was run. Stack and shared memory in bytes; loads_128 are loads of
 128 bits from global memory, as written, not as executed; instructions and MUFU (reciprocals and
-logarithms) are per pair and dimension of the inner loop, its loads included. A pair is one visit of
-(i, j): Triton's backward kernel of all pairs visits (i, j) and (j, i). For gfx942 the registers are
-vector registers and local accesses are spilled ones. Made by `make gpu-report`.
+logarithms) are per unordered pair and dimension of the inner loop, its loads included. For gfx942
+the registers are vector registers and local accesses are spilled ones. Made by `make gpu-report`.
 
 {table(rows)}
 """
@@ -227,9 +226,13 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
 VISITS_PER_MUFU = {
     "_tile_kernel": 4.0,
     "_pair_distance_kernel": 0.25,
-    "_rows_backward_kernel": 1.0,
+    "_pairs_backward_kernel": 1.0,
     "_pair_distance_backward_kernel": 1.0,
 }
+
+
+# The options that tell the rows of one kernel apart.
+TILE_OPTIONS = ("ROWS", "COLUMNS", "TILES", "LOG")
 
 
 def triton_rows(arch: str) -> list[Row]:
@@ -241,9 +244,7 @@ def triton_rows(arch: str) -> list[Row]:
         for dtype in dtypes:
             for call in call_every_operation(kernels, dtype):
                 for kernel, binary, options in compiled:
-                    tiles = [
-                        f"{k}={v}" for k, v in options.items() if k in ("ROWS", "COLUMNS", "LOG")
-                    ]
+                    tiles = [f"{k}={v}" for k, v in options.items() if k in TILE_OPTIONS]
                     name = " ".join((kernel.fn.__name__, str(dtype).removeprefix("torch."), *tiles))
                     key = (kernel.fn.__name__, binary.hash)
                     if key not in rows:

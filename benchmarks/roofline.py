@@ -85,13 +85,23 @@ def all_pairs_forward(groups: int, dims: int) -> Work:
     return Work(2 * moments + weights, 9.4 * visits, 6.4 * visits, 0.25 * visits, 3)
 
 
-def all_pairs_backward(groups: int, dims: int) -> Work:
-    """The distances again, then one pass over all (i, j) for the gradients."""
-    visits = groups * groups * dims
+def all_pairs_backward(groups: int, dims: int, processors: int = 132) -> Work:
+    """The distances again, then each pair once, and the copies of the sums.
+
+    A visit of blocks of 16 rows reads and writes the sums of one; what the second-level cache holds
+    of them is not known, so all is counted. As many copies as on an H100.
+    """
+    blocks, dim_blocks = -(-groups // 16), -(-dims // 32)
+    warps = 2 if groups < 256 else 4 if groups < 512 else 8
+    turns = blocks // 2 + 1
+    share = -(-turns // max(1, 8 * processors // (warps * dim_blocks)))
+    copies = -(-turns // share)
+    visited_blocks = -(-blocks // warps) * warps * turns
+    visits = visited_blocks * 16 * 16 * dims
     moments, weights = 2 * 4 * groups * dims, 4 * groups * groups
-    instructions = 11.7 if groups <= 256 else 11.0
-    rows = Work(2 * moments + 3 * weights, instructions * visits, 9.2 * visits, visits, 2)
-    return all_pairs_forward(groups, dims) + rows
+    moved = 2 * 8 * 16 * dims * visited_blocks + 2 * copies * moments
+    pairs = Work(2 * moments + 3 * weights + moved, 15.9 * visits, 13.2 * visits, visits, 3)
+    return all_pairs_forward(groups, dims) + pairs
 
 
 def plain_forward_bytes(elements: int) -> int:
@@ -125,7 +135,7 @@ def loss_step(workload: Workload, itemsize: int = 2) -> Work:
     plan = Work(itemsize * logits, 0, 0, logits, 4, turns)
     features, moments = itemsize * batch * dims, 2 * 4 * groups * dims
     ends = pairs * dims
-    forward = Work(features + 2 * moments, 57 * ends, 32 * ends, 4 * ends, 2)
+    forward = Work(features + 2 * moments, 62 * ends, 34 * ends, 4 * ends, 2)
     backward = Work(2 * features + moments, 2 * 20 * ends, 2 * 10 * ends, 2 * ends, 2)
     return plan + forward + backward
 

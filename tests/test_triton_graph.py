@@ -120,12 +120,59 @@ def test_a_step_is_four_launches_to_plan_and_two_each_way_for_all_layers(n_layer
         assert len(names) == 8
 
 
+def test_gradients_of_all_pairs_are_three_launches_and_two_more_for_their_overlap() -> None:
+    moments, alpha = torch.rand(2, 40, 70, device=DEVICE), randn(40, 40).abs()
+    value = torch.ones((), device=DEVICE)
+    with counted_launches(run=True) as names:
+        TRITON.all_pair_distance_backward(alpha, *moments, EPS)
+        assert len(names) == 3
+        TRITON.weighted_overlap_backward(value, value, *moments, alpha, EPS, False)
+        assert len(names) == 3 + 6
+
+
+SIZES = [(64, 2048), (200, 2048), (500, 768), (1000, 256), (1000, 768), (1000, 2048), (3000, 8192)]
+
+
+@pytest.mark.parametrize(("groups", "dims"), SIZES)
+def test_gradients_of_all_pairs_fill_a_device_and_take_little_memory(
+    groups: int, dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 132 processors: 36 MB, for more than 1000 classes 36 kB each, or one copy of both."""
+    backward: Any = TRITON.pair_tiles_backward
+    sizes: list[int] = []
+
+    def scratch(like: Tensor, *shape: int) -> Tensor:
+        sizes.append(like.element_size() * torch.Size(shape).numel())
+        return torch.empty(shape, dtype=like.dtype)
+
+    grids: list[int] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        grids.append(torch.Size(grid).numel() * options.get("num_warps", 0))
+
+    monkeypatch.setattr(TRITON.tuning, "processors", lambda device: 132)
+    monkeypatch.setattr(backward, "scratch", scratch)
+    monkeypatch.setattr(backward, "launch", launch)
+    with FakeTensorMode():
+        mean = torch.empty(groups, dims)
+        grad = backward.pair_gradients(mean)
+        sizes.clear()
+        backward.launch_pairs_backward(grad, mean, mean, EPS)
+    padded = 2 * 4 * (groups + 15) * (dims + 31)
+    assert sizes[0] <= max(36e6, 36e3 * groups, padded)
+    blocks_of_rows = -(-groups // 16)
+    assert grids[0] >= min(0.75 * 132 * 8, dims / 32 * blocks_of_rows)
+
+
 def test_two_runs_give_the_same_bits() -> None:
     logits, targets = randn(40, 9), classes(40, 9)
     features = (randn(40, 33) * 0.5, randn(40, 7, seed=1) * 0.5)
-    torch.testing.assert_close(
-        step(logits, targets, *features), step(logits, targets, *features), rtol=0, atol=0
-    )
+    moments, alpha = torch.rand(2, 20, 50, device=DEVICE), randn(20, 20).abs()
+    for function, arguments in (
+        (step, (logits, targets, *features)),
+        (all_pairs, (*moments, alpha)),
+    ):
+        torch.testing.assert_close(function(*arguments), function(*arguments), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("log", [False, True])

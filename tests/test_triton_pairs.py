@@ -25,8 +25,8 @@ from cwbr_fused import ops, reference, reference_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# (K, D)
-SHAPES = [(2, 1), (5, 3), (37, 20), (3, 150), (1, 4)]
+# (K, D); 53 rows are an even number of blocks in float32, an odd one in float64.
+SHAPES = [(2, 1), (5, 3), (53, 20), (3, 150), (1, 4)]
 
 
 def moments(groups: int, dims: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,6 +179,33 @@ def test_variances_from_the_clamp_to_1e30_in_one_row_err_no_more_than_elsewhere(
             assert not actual[6:].any()
 
 
+def test_variances_whose_ratio_float32_cannot_hold_do_not_overflow() -> None:
+    """From the clamp to the largest number: their sum, ratio and reciprocals are out of range."""
+    far = 3.3e38
+    var = torch.tensor([[0.0, 1, 3], [far, 2, far], [far / 2, far, 0], [1, 2, 3]], device=DEVICE)
+    mean = randn(4, 3) * var.sqrt()
+    i, j = torch.triu_indices(4, 4, offset=1, device=DEVICE)
+    pairs = torch.stack([i, j], 1)
+    truth = reference.all_pair_distance(mean.double(), var.double(), EPS)[i, j]
+    for distance in (
+        TRITON.pair_distance(mean, var, pairs, EPS),
+        TRITON.all_pair_distance(mean, var, EPS)[i, j],
+    ):
+        torch.testing.assert_close(distance.double(), truth, rtol=1e-6, atol=0)
+
+    grad = torch.zeros(4, 4, device=DEVICE)
+    grad[i, j] = randn(6, seed=1)
+    expected = reference_backward.all_pair_distance_backward(
+        grad.double(), mean.double(), var.double(), EPS
+    )
+    for gradients in (
+        TRITON.all_pair_distance_backward(grad, mean, var, EPS),
+        TRITON.pair_distance_backward(grad[i, j], mean, var, pairs, EPS),
+    ):
+        for actual, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-37)
+
+
 def plain_distance(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """The published formula as one writes it in PyTorch."""
     u = var + eps
@@ -240,6 +267,31 @@ def test_regularizer_and_its_gradient_equal_float64_truth(
     for result, wanted in zip(actual, expected, strict=True):
         assert result.dtype == dtype
         assert_near(result, wanted, scale=20 if dtype == accumulation else 2)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_the_regularizer_of_classes_as_wide_and_as_narrow_as_can_be_is_finite(log: bool) -> None:
+    z = torch.tensor([[0, 0.1], [0, 0.3], [1e19, 0.2], [-1e19, 0.5]], device=DEVICE)
+    order, offsets = torch.arange(4, device=DEVICE), torch.tensor([0, 2, 4], device=DEVICE)
+    pairs, weights = torch.tensor([[0, 1]], device=DEVICE), torch.ones(1, device=DEVICE)
+    truth = regularizer_with_moments(
+        [z.double()], order, offsets, pairs, weights.double(), EPS, log
+    )
+    arguments = (order, offsets, pairs, weights, EPS, log)
+    value, *saved = TRITON.regularizer([z], *arguments)
+    torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=0)
+    (actual,) = TRITON.regularizer_backward(torch.ones_like(value), [z], *saved, *arguments)
+    (expected,) = reference_backward.regularizer_backward(
+        torch.ones_like(truth[0]),
+        [z.double()],
+        *truth[1:],
+        *arguments[:3],
+        weights.double(),
+        EPS,
+        log,
+    )
+    # Times exp(-D) the gradient by a variance of 1e38 is too small a number.
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import tuning
 
+LOG_2 = tl.constexpr(0.6931471805599453)
+
 
 def with_unit_stride(x: Tensor) -> Tensor:
     """x (N, D) itself where its rows are contiguous (whatever their stride), else a copy."""
@@ -68,8 +70,13 @@ def fast_log2(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def log1p(x, APPROXIMATE: tl.constexpr):
-    """log(1 + x) for x >= 0, also where 1 + x rounds; (x - (y - 1))/y is what rounding lost."""
+def log1p_of_scaled(scaled, BITS: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """log(1 + x) for x = scaled * 2^BITS >= 0, also where 1 + x rounds or overflows.
+
+    With y = 1 + x, (x - (y - 1))/y is what rounding lost.
+    """
+    x = scaled * 2.0**BITS
     y = 1 + x
     lost = tl.where(x < 1, (x - (y - 1)) * fast_reciprocal(y, APPROXIMATE), 0)
-    return tl.log(y) + lost
+    is_large = scaled > 1
+    return tl.log(tl.where(is_large, scaled, y)) + tl.where(is_large, BITS * LOG_2, lost)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_reciprocal, launch, log1p, scratch
+from .common import approximate, fast_reciprocal, launch, log1p_of_scaled, scratch
 
 LIST_BLOCK = 1024
 
@@ -23,22 +23,25 @@ def distance_of_rows(
 ):
     """Bhattacharyya distance of rows i and j: `delta^2/(4 S) + log1p(spread)/4` summed over d.
 
-    With S = u_i + u_j and spread = (u_i - u_j)^2/(4 u_i u_j).
+    With S = u_i + u_j and spread = (u_i - u_j)^2/(4 u_i u_j). In terms of q = u/4, whose sums and
+    reciprocals do not leave the number format; spread might, and is formed divided by 2^BITS.
     """
+    BITS: tl.constexpr = 510 if mean.dtype.element_ty == tl.float64 else 74
     total = tl.zeros([BLOCK], mean.dtype.element_ty)
     for first in range(0, dims, BLOCK):
         d = first + tl.arange(0, BLOCK)
         inside = d < dims
-        u_i = tl.load(var + i * dims + d, mask=inside, other=1) + EPS
-        u_j = tl.load(var + j * dims + d, mask=inside, other=1) + EPS
+        q_i = tl.load(var + i * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+        q_j = tl.load(var + j * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
         delta = tl.load(mean + i * dims + d, mask=inside, other=0) - tl.load(
             mean + j * dims + d, mask=inside, other=0
         )
-        excess = u_i - u_j
-        excess_i = excess * fast_reciprocal(u_i, APPROXIMATE)
-        excess_j = excess * fast_reciprocal(u_j, APPROXIMATE)
-        total += delta * (delta * fast_reciprocal(u_i + u_j, APPROXIMATE))
-        total += log1p(excess_i * excess_j / 4, APPROXIMATE)
+        four_over_s = fast_reciprocal(q_i + q_j, APPROXIMATE)
+        total += delta * (delta * (four_over_s / 4))
+        excess = (q_i - q_j) * 0.5 ** (BITS // 2 + 1)
+        excess_i = excess * fast_reciprocal(q_i, APPROXIMATE)
+        excess_j = excess * fast_reciprocal(q_j, APPROXIMATE)
+        total += log1p_of_scaled(excess_i * excess_j, BITS, APPROXIMATE)
     return tl.sum(total, 0) / 4
 
 
@@ -97,24 +100,25 @@ def row_gradient(
 ):
     """dL/dmean[row] and dL/dvar[row] at dimensions d, for weights dL/dD of the pairs.
 
-    With S = u_i + u_j and t = (mean_i - mean_j)/S: `t/2` and `((u_i - u_j)/(S u_i) - t^2)/4`.
+    With S = u_i + u_j and t = (mean_i - mean_j)/S: `t/2` and `((u_i - u_j)/(S u_i) - t^2)/4`; in
+    terms of q = u/4, whose reciprocals are numbers for every u.
     """
     inside = d < dims
     mean_i = tl.load(mean + row * dims + d, mask=inside, other=0)
-    u_i = tl.load(var + row * dims + d, mask=inside, other=1) + EPS
-    inverse_i = fast_reciprocal(u_i, APPROXIMATE)
+    q_i = tl.load(var + row * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+    inverse_i = 4 * fast_reciprocal(q_i, APPROXIMATE)
     by_mean = tl.zeros(d.shape, mean_i.dtype)
     by_var = tl.zeros(d.shape, mean_i.dtype)
     for slot in range(tl.load(starts + row), tl.load(starts + row + 1)):
         entry = tl.load(entries + slot)
         partner = tl.load(pairs + (entry ^ 1))
         weight = tl.load(weights + entry // 2)
-        u_j = tl.load(var + partner * dims + d, mask=inside, other=1) + EPS
-        inverse = fast_reciprocal(u_i + u_j, APPROXIMATE)
-        t = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
-        by_mean += weight * t
-        by_var += weight * ((u_i - u_j) * inverse * inverse_i - t * t)
-    return by_mean / 2, by_var / 4
+        q_j = tl.load(var + partner * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+        inverse = fast_reciprocal(q_i + q_j, APPROXIMATE)
+        t4 = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
+        by_mean += weight * t4
+        by_var += weight * ((q_i - q_j) * inverse * inverse_i - t4 * t4)
+    return by_mean / 8, by_var / 64
 
 
 @triton.jit

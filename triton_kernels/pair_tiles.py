@@ -118,6 +118,14 @@ HALF_PER_LOG2 = tl.constexpr(0.7213475204444817)
 
 
 @triton.jit
+def _difference_and_sum(mean_t, u_t, i, j, dim, width):
+    """Of the means, and of the u, of all pairs of rows i and columns j in one dimension."""
+    row = tl.cast(dim, tl.int64) * width
+    delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
+    return delta, tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
+
+
+@triton.jit
 def _add_dims(
     mean_t,
     u_t,
@@ -137,9 +145,8 @@ def _add_dims(
         d = tl.full(acc.shape, 1.0, acc.dtype)
         for half in tl.static_range(2):
             for dim in tl.static_range(GROUP // 2):
-                row = tl.cast(first + half * (GROUP // 2) + dim, tl.int64) * width
-                delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
-                s = tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
+                this = first + half * (GROUP // 2) + dim
+                delta, s = _difference_and_sum(mean_t, u_t, i, j, this, width)
                 n = n * s + (delta * delta) * d
                 d = d * s
             d, inverse, exponent = _split_exponent(d)
@@ -164,9 +171,7 @@ def _add_wide_dims(
 ):
     """The same for any s of the number format, one dimension at a time."""
     for dim in range(first_dim, end_dim):
-        row = tl.cast(dim, tl.int64) * width
-        delta = tl.load(mean_t + row + i)[:, None] - tl.load(mean_t + row + j)[None, :]
-        s = tl.load(u_t + row + i)[:, None] + tl.load(u_t + row + j)[None, :]
+        delta, s = _difference_and_sum(mean_t, u_t, i, j, dim, width)
         s, inverse, exponent = _split_exponent(s)
         exponent_sum += exponent
         a = delta * (delta * inverse)
@@ -260,15 +265,15 @@ def tile_distance(partial, n_tiles, parts, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def store_symmetric(matrix, pitch, groups, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_symmetric(matrix, pitch, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Store a tile's pairs i < j of `x` at (i, j) and at (j, i), and 0 on the diagonal.
 
-    Rows of the matrix are `pitch` elements apart.
+    The matrix is (pitch, pitch).
     """
     i = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     j = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     x = tl.where(i < j, x, 0)
-    inside = (i <= j) & (j < groups)
+    inside = (i <= j) & (j < pitch)
     tl.store(matrix + i * pitch + j, x, mask=inside)
     tl.store(matrix + j * pitch + i, x, mask=inside)
 

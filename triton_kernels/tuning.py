@@ -109,15 +109,33 @@ def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, in
 
 
 def all_pairs_backward(mean: Tensor) -> tuple[Options, ...]:
-    """A thread holds 4 or 8 rows x 4 dimensions; a single warp needs no exchange to share a row.
+    """A lane holds one dimension of 16 rows, of 8 in float64, a warp one block of rows.
 
-    Eight rows share the loads of a ninth, but take 240 registers, and few classes then leave
-    schedulers without a warp. In float64 registers hold half of that.
+    More warps share one copy of the sums; fewer waste less where blocks of rows are few.
     """
-    dims = 128 if mean.dtype == torch.float32 else 64
-    few = {"ROWS": 4, "BLOCK": dims, "num_warps": 1}
-    many = {"ROWS": 8, "BLOCK": dims, "num_warps": 1}
-    return (few, many) if mean.shape[0] <= 256 else (many, few)
+    rows = 16 if mean.dtype == torch.float32 else 8
+    lanes = 64 if architecture().startswith("hip") else 32
+    groups = mean.shape[0]
+    guess = 2 if groups < 256 else 4 if groups < 512 else 8
+    tiles = (guess, *(t for t in (2, 4, 8) if t != guess))
+    return tuple({"ROWS": rows, "TILES": t, "BLOCK": lanes, "num_warps": t} for t in tiles)
+
+
+def copies(blocks: int, dim_blocks: int, options: Options, device: torch.device) -> int:
+    """Into how many programs to divide the turns of one block of dimensions; each has a copy.
+
+    As many as leave no processor without eight warps, which is what its registers hold, and no
+    program with fewer turns than the others need. On 132 processors their memory is, in float32,
+    at most 270 kB for each class and warp of a program: 36 MB for 1000 classes. It never is more
+    than one copy where dimensions alone fill the device.
+    """
+    fitting = 8 * processors(device) // (options["num_warps"] * dim_blocks)
+    turns = blocks // 2 + 1
+    return triton.cdiv(turns, triton.cdiv(turns, max(1, fitting)))
+
+
+def sum_of_copies(dims: int, mean: Tensor) -> Options:
+    return block_of_dims(dims, mean.element_size(), most_warps=4)
 
 
 def choose(

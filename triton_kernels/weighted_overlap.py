@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .all_pair_distance import launch_rows_backward, pair_gradients
 from .common import last_to_arrive, launch, scratch
 from .pair_tiles import (
     launch_partial,
@@ -19,6 +18,7 @@ from .pair_tiles import (
     tile_index,
     tile_is_needed,
 )
+from .pair_tiles_backward import launch_pairs_backward, pair_gradients
 
 BLOCK = 1024
 
@@ -127,7 +127,7 @@ def _pair_gradient_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row tile, column tile): dL/dD at (i, j) and at (j, i)."""
+    """Program (row tile, column tile): dL/dD at (i, j) and at (j, i), 0 beyond the groups."""
     if not tile_is_needed(groups, ROWS, COLUMNS):
         return
     sums = tl.zeros([BLOCK], totals.dtype.element_ty)
@@ -141,7 +141,7 @@ def _pair_gradient_kernel(
         share = weight * tl.exp(-distance - tl.load(value)) / tl.where(total == 0, 1, total)
     else:
         share = weight * tl.exp(-distance) / tl.where(total < EPS, EPS, total)
-    store_symmetric(grad_distance, pitch, groups, -tl.load(grad) * share, ROWS, COLUMNS)
+    store_symmetric(grad_distance, pitch, -tl.load(grad) * share, ROWS, COLUMNS)
 
 
 def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
@@ -199,4 +199,4 @@ def weighted_overlap_backward(
         BLOCK=BLOCK,
         **partial.options,
     )
-    return launch_rows_backward(grad_distance, mean, var, eps)
+    return launch_pairs_backward(grad_distance, mean, var, eps)
