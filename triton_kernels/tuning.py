@@ -131,7 +131,8 @@ def copies(blocks: int, dim_blocks: int, options: Options, device: torch.device)
     """
     fitting = 8 * processors(device) // (options["num_warps"] * dim_blocks)
     turns = blocks // 2 + 1
-    return triton.cdiv(turns, triton.cdiv(turns, max(1, fitting)))
+    share = -(-turns // max(1, fitting))
+    return -(-turns // share)
 
 
 def sum_of_copies(dims: int, mean: Tensor) -> Options:
