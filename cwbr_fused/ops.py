@@ -121,29 +121,6 @@ class AllPairDistance(torch.autograd.Function):
         return *operation(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
-# Up to so many rows on the CPU the distances are kept for the gradient, which would else measure
-# them again: at most as much memory as the weights take.
-KEPT_ROWS = 512
-
-
-def _overlap_shares(
-    distance: Tensor, weights: Tensor, eps: float, log: bool
-) -> tuple[Tensor, Tensor]:
-    """`reference.overlap` over all of (K, K), and the negative of its gradient to the distance.
-
-    Summed row by row: torch's sum of everything depends on the number of threads.
-    """
-    total = weights.sum(1).sum()
-    if not log:
-        shares = weights * torch.exp(-distance) / total.clamp(min=eps)
-        return shares.sum(1).sum(), shares
-    nothing = total == 0
-    scores = torch.where(nothing, 0.0, weights.log() - distance)
-    log_sum = scores.logsumexp(1).logsumexp(0)
-    value = torch.where(nothing, 0.0, log_sum - total.log())
-    return value, torch.where(nothing, 0.0, torch.exp(scores - log_sum))
-
-
 class WeightedOverlap(torch.autograd.Function):
     """(mean, var, alpha, eps, log, backend) -> scalar; gradients to mean and var."""
 
@@ -151,31 +128,16 @@ class WeightedOverlap(torch.autograd.Function):
     def forward(
         ctx: Any, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool, backend: str
     ) -> Tensor:
+        value: Tensor = OPERATIONS[backend].weighted_overlap(mean, var, alpha, eps, log)
+        ctx.save_for_backward(value, mean, var, alpha)
         ctx.eps, ctx.log, ctx.backend = eps, log, backend
-        operations = OPERATIONS[backend]
-        value: Tensor
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.kept = backend == "cpu" and needed and mean.shape[0] <= KEPT_ROWS
-        if ctx.kept:
-            distance = operations.all_pair_distance(mean, var, eps)
-            value, shares = _overlap_shares(distance, alpha.triu(1), eps, log)
-            ctx.save_for_backward(mean, var, shares)
-        else:
-            value = operations.weighted_overlap(mean, var, alpha, eps, log)
-            ctx.save_for_backward(mean, var, value, alpha)
         return value
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        operations, (mean, var, *saved) = OPERATIONS[ctx.backend], ctx.saved_tensors
-        if ctx.kept:
-            grads = operations.all_pair_distance_backward(-grad * saved[0], mean, var, ctx.eps)
-        else:
-            value, alpha = saved
-            grads = operations.weighted_overlap_backward(
-                grad, value, mean, var, alpha, ctx.eps, ctx.log
-            )
+        operation = OPERATIONS[ctx.backend].weighted_overlap_backward
+        grads = operation(grad, *ctx.saved_tensors, ctx.eps, ctx.log)
         return *grads, None, None, None, None
 
 

@@ -139,9 +139,9 @@ def test_forward_and_backward_graphs_call_the_fused_operations(top_m: int | None
     step = Step("cpu", top_m)
     assert_same_step(torch.compile(step, fullgraph=True, backend=aot), step, *batch(4, 20))
     if top_m is None:
-        moments = {"group_by_class", "confusion_weights", "class_moments", "all_pair_distance"}
+        moments = {"group_by_class", "confusion_weights", "class_moments", "weighted_overlap"}
         assert graphs["forward"] == moments
-        assert graphs["backward"] == {"all_pair_distance_backward", "class_moments_backward"}
+        assert graphs["backward"] == {"weighted_overlap_backward", "class_moments_backward"}
     else:
         assert graphs["forward"] == {"plan", "regularizer"}
         assert graphs["backward"] == {"regularizer_backward"}
