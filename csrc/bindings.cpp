@@ -346,6 +346,60 @@ std::tuple<Tensor, Tensor> class_attraction_op(const Tensor& z, const Tensor& me
   });
 }
 
+// `t` of this shape and dtype, to be written in place.
+template <class T, size_t N>
+T* written(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
+  check(t.is_contiguous(), name, ": expected a contiguous tensor");
+  return data<T>(checked<T, N>(t, name, sizes));
+}
+
+std::tuple<Tensor, Tensor> observe_classes_op(const Tensor& mean, const Tensor& count,
+                                              const Tensor& var, const Tensor& updates,
+                                              const Tensor& classes, const Tensor& size,
+                                              const Tensor& batch_mean, const Tensor& batch_var,
+                                              double momentum, double floor) {
+  return with_float_type(mean, [&](auto type) {
+    using T = decltype(type);
+    const Tensor bank = checked<T, 2>(mean, "mean", {-1, -1});
+    const int64_t dims = bank.size(1);
+    const Tensor seen = checked<T, 1>(count, "count", {bank.size(0)});
+    T* const variances = written<T, 1>(var, "var", {dims});
+    T* const number = written<T, 0>(updates, "updates", {});
+    const Tensor rows = checked<int64_t, 1>(classes, "classes", {-1});
+    check_classes(rows, "classes", -1, bank.size(0));
+    const int64_t groups = rows.size(0);
+    const Tensor sizes = checked<T, 1>(size, "size", {groups});
+    const Tensor means = checked<T, 2>(batch_mean, "batch_mean", {groups, dims});
+    const Tensor scatter = checked<T, 2>(batch_var, "batch_var", {groups, dims});
+    const Tensor weight = empty<T, 1>({groups}), metric = empty<T, 1>({dims});
+    const BatchClasses<T> batch{const_data<int64_t>(rows), const_data<T>(sizes),
+                                const_data<T>(means), groups};
+    observe_classes(const_data<T>(bank), const_data<T>(seen), variances, number, batch,
+                    const_data<T>(scatter), dims, momentum, floor, data<T>(weight),
+                    data<T>(metric));
+    return std::make_tuple(weight, metric);
+  });
+}
+
+void follow_classes_op(const Tensor& mean, const Tensor& count, const Tensor& classes,
+                       const Tensor& weight, const Tensor& batch_mean, double momentum) {
+  with_float_type(mean, [&](auto type) {
+    using T = decltype(type);
+    T* const bank = written<T, 2>(mean, "mean", {-1, -1});
+    const int64_t num_classes = mean.size(0), dims = mean.size(1);
+    T* const seen = written<T, 1>(count, "count", {num_classes});
+    const Tensor rows = checked<int64_t, 1>(classes, "classes", {-1});
+    check_classes(rows, "classes", -1, num_classes);
+    const int64_t groups = rows.size(0);
+    const Tensor weights = checked<T, 1>(weight, "weight", {groups});
+    const Tensor means = checked<T, 2>(batch_mean, "batch_mean", {groups, dims});
+    follow_classes(bank, seen,
+                   BatchClasses<T>{const_data<int64_t>(rows), const_data<T>(weights),
+                                   const_data<T>(means), groups},
+                   dims, momentum);
+  });
+}
+
 std::string cpu_isa_op() { return isa_name(); }
 
 }  // namespace
@@ -368,6 +422,8 @@ STABLE_TORCH_LIBRARY_IMPL(cwbr_fused, CPU, m) {
   m.impl("regularizer_backward", TORCH_BOX(&cwbr::regularizer_backward_op));
   m.impl("top_confusions", TORCH_BOX(&cwbr::top_confusions_op));
   m.impl("class_attraction", TORCH_BOX(&cwbr::class_attraction_op));
+  m.impl("observe_classes", TORCH_BOX(&cwbr::observe_classes_op));
+  m.impl("follow_classes", TORCH_BOX(&cwbr::follow_classes_op));
 }
 
 // For `python -m cwbr_fused.info`: a fact of this build, not an operation of schema.py.

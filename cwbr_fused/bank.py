@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cwbr_fused.ops import OPERATIONS
+from cwbr_fused.reference_bank import floored
 
 # The moving average of the variances; about how many updates they remember is 1 / (1 - this).
 VARIANCE_MOMENTUM = 0.95
 # Keeps dimensions that hardly vary from dominating: a share of the mean variance of the layer.
 VARIANCE_FLOOR = 1e-3
-
-
-class Move(NamedTuple):
-    """How far a batch's class means are from the bank's."""
-
-    rows: Tensor  # (K,) classes
-    size: Tensor  # (K,) their weights; 0 for those to leave alone
-    difference: Tensor  # (K, D)
 
 
 class ClassBank(nn.Module):
@@ -56,12 +51,11 @@ class ClassBank(nn.Module):
 
     def metric(self) -> Tensor:
         """(D,) the variances with a floor, all > 0; 1 while there are none."""
-        level = self.var.mean()
-        floor = VARIANCE_FLOOR * level + torch.finfo(self.var.dtype).tiny
-        return torch.where(level > 0, self.var + floor, 1)
+        return floored(self.var, VARIANCE_FLOOR)
 
-    @torch.no_grad()
-    def observe(self, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor) -> Move:
+    def observe(
+        self, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor, backend: str = "reference"
+    ) -> tuple[Tensor, Tensor]:
         """Updates the variance from the moments of a batch; the means move by `follow`.
 
         Args:
@@ -70,32 +64,26 @@ class ClassBank(nn.Module):
             mean, var: (K, D) of the samples of each; variances may be 0.
 
         Returns:
-            The moves of the means that are due.
+            (K,) the weights of the moves that are due, and `metric()`.
         """
-        # Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
-        finite = (4 * torch.addcmul(var, mean, mean).sum(1)).isfinite()
-        usable = (classes >= 0) & (size > 0) & finite
-        size = torch.where(usable, size, 0).to(self.count.dtype)
-        rows = classes.clamp(min=0)
-        difference = mean - self.mean.index_select(0, rows)
-        difference.masked_fill_(~usable[:, None], 0)
+        results: tuple[Tensor, Tensor] = OPERATIONS[backend].observe_classes(
+            self.mean,
+            self.count,
+            self.var,
+            self.updates,
+            classes,
+            size.to(self.count.dtype),
+            mean,
+            var,
+            VARIANCE_MOMENTUM,
+            VARIANCE_FLOOR,
+        )
+        return results
 
-        known = torch.where(self.count.index_select(0, rows) > 0, size, 0)
-        total = known.sum()
-        any_known = (total > 0).to(total.dtype)
-        scatter = torch.addcmul(var, difference, difference)
-        scatter.masked_fill_(known[:, None] == 0, 0)  # 0 times what is not finite is not 0
-        now = (known / (total + (1 - any_known))) @ scatter
-        self.updates += any_known
-        pace = (1 / self.updates.clamp(min=1)).clamp(min=1 - VARIANCE_MOMENTUM)
-        self.var.lerp_(now, any_known * pace)
-        return Move(rows, size, difference)
-
-    @torch.no_grad()
-    def follow(self, move: Move) -> None:
-        """Moves the means towards those of the batch."""
-        size = move.size
-        self.count.index_add_(0, move.rows, size)
-        total = self.count[move.rows]
-        rate = torch.where(size > 0, (size / total.clamp(min=1)).clamp(min=1 - self.momentum), 0)
-        self.mean.index_add_(0, move.rows, rate[:, None] * move.difference)
+    def follow(
+        self, classes: Tensor, weight: Tensor, mean: Tensor, backend: str = "reference"
+    ) -> None:
+        """Moves the means towards those of the batch, with the weights that `observe` returned."""
+        OPERATIONS[backend].follow_classes(
+            self.mean, self.count, classes, weight, mean, self.momentum
+        )

@@ -162,14 +162,17 @@ class CWBR(nn.Module):
         energies = []
         for layer, (name, bank) in enumerate(banks.items()):
             z = vectors[layer]
-            move = bank.observe(classes, size, *moments[layer]) if train else None
-            var = bank.metric()
+            if train:
+                mean, variance = moments[layer]
+                weight, var = bank.observe(classes, size, mean, variance, backend)
+            else:
+                var = bank.metric()
             energy, pull = OPERATIONS[backend].class_attraction(
                 z, bank.mean, var, index, coefficient.to(bank.mean.dtype)
             )
             energies.append(energy.sum() / max(z.numel(), 1))
-            if move is not None:
-                bank.follow(move)
+            if train:
+                bank.follow(classes, weight, mean, backend)
                 # Its length does not matter; without units it fits in half precision.
                 pull = self._spread(pooled[name], pull * var.mean().sqrt())
                 balance = Balance(pull, ratio, processes, self._balances.get(name))

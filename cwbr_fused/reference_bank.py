@@ -8,7 +8,9 @@ model confuses with it, by the probabilities p that the model itself gives them:
     E(z) = |z - mean_y|^2 / (2 var) - sum_j p_j |z - mean_j|^2 / (2 var)
 
 `top_confusions` names the classes j and their probabilities, `class_attraction` is E, for any
-coefficients, and its gradient.
+coefficients, and its gradient. `observe_classes` learns the variances from the moments of a batch's
+classes, `follow_classes` moves the means of the bank towards those of the batch: the only
+operations that write into their arguments.
 """
 
 from __future__ import annotations
@@ -80,3 +82,77 @@ def class_attraction(
     difference = torch.where(used, difference, 0)
     energy = (c * difference.square() / (2 * var)).sum((1, 2))
     return energy, (c * difference).sum(1) / var
+
+
+def floored(var: Tensor, floor: float) -> Tensor:
+    """(D,) variances > 0: `var` raised by `floor` times its mean; 1 while that is 0."""
+    level = var.mean()
+    return torch.where(level > 0, var + (floor * level + torch.finfo(var.dtype).tiny), 1)
+
+
+def observe_classes(
+    mean: Tensor,
+    count: Tensor,
+    var: Tensor,
+    updates: Tensor,
+    classes: Tensor,
+    size: Tensor,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    momentum: float,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Updates the variances by the scatter of a batch about the means of a bank.
+
+    Args:
+        mean, count: (C, D) and (C,), the class means and how many samples each has seen.
+        var, updates: (D,) and (), the variances and how often they were updated; both are written.
+        classes: (K,) int64, distinct but for negative ones, which are left out.
+        size: (K,) how many samples, or how much weight, of each class; 0 leaves it out.
+        batch_mean, batch_var: (K, D) of the samples of each; variances may be 0.
+        momentum: of the variances, which are a plain average until that moves more slowly.
+        floor: of the metric, as a share of the mean variance.
+
+    Returns:
+        weight: (K,) `size`, 0 for classes left out, also where the moments are too large to square.
+        metric: (D,) the variances with a floor, 1 while there are none.
+    """
+    # Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
+    finite = (4 * torch.addcmul(batch_var, batch_mean, batch_mean).sum(1)).isfinite()
+    weight = torch.where((classes >= 0) & (size > 0) & finite, size, 0)
+    rows = classes.clamp(min=0)
+    known = torch.where(count[rows] > 0, weight, 0)
+    total = known.sum()
+    any_known = (total > 0).to(total.dtype)
+    difference = batch_mean - mean[rows]
+    scatter = torch.addcmul(batch_var, difference, difference)
+    scatter = torch.where(known[:, None] > 0, scatter, 0)  # 0 times what is not finite is not 0
+    now = (known / (total + (1 - any_known))) @ scatter
+    updates += any_known
+    pace = (1 / updates.clamp(min=1)).clamp(min=1 - momentum)
+    var.lerp_(now, any_known * pace)
+    return weight, floored(var, floor)
+
+
+def follow_classes(
+    mean: Tensor,
+    count: Tensor,
+    classes: Tensor,
+    weight: Tensor,
+    batch_mean: Tensor,
+    momentum: float,
+) -> None:
+    """Moves class means towards those of a batch: averages that turn into moving ones.
+
+    Args:
+        mean, count: (C, D) and (C,), as for `observe_classes`; both are written.
+        classes, weight: (K,), the weights those that `observe_classes` returns.
+        batch_mean: (K, D).
+        momentum: how much of a mean is kept at least when its class occurs again.
+    """
+    rows = classes.clamp(min=0)
+    count.index_add_(0, rows, weight)
+    used = weight > 0
+    rate = (weight / count[rows].clamp(min=1)).clamp(min=1 - momentum)
+    move = torch.where(used[:, None], rate[:, None] * (batch_mean - mean[rows]), 0)
+    mean.index_add_(0, rows, move)

@@ -73,6 +73,15 @@ SCHEMAS = {
     "class_attraction": (
         "(Tensor z, Tensor mean, Tensor var, Tensor index, Tensor coefficient) -> (Tensor, Tensor)"
     ),
+    "observe_classes": (
+        "(Tensor mean, Tensor count, Tensor(a!) var, Tensor(b!) updates, Tensor classes,"
+        " Tensor size, Tensor batch_mean, Tensor batch_var, float momentum, float floor)"
+        " -> (Tensor, Tensor)"
+    ),
+    "follow_classes": (
+        "(Tensor(a!) mean, Tensor(b!) count, Tensor classes, Tensor weight, Tensor batch_mean,"
+        " float momentum) -> ()"
+    ),
 }
 
 
@@ -180,6 +189,15 @@ def _fake_class_attraction(z: Tensor, mean: Tensor, *others: Tensor) -> tuple[Te
     return mean.new_empty((z.shape[0],)), mean.new_empty(z.shape)
 
 
+def _fake_observe_classes(mean: Tensor, count: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    classes: Tensor = others[2]
+    return mean.new_empty(classes.shape), mean.new_empty((mean.shape[1],))
+
+
+def _fake_follow_classes(*arguments: Any) -> None:
+    return None
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "group_by_class": _fake_group_by_class,
     "class_moments": _fake_class_moments,
@@ -197,6 +215,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "regularizer_backward": _fake_regularizer_backward,
     "top_confusions": _fake_top_confusions,
     "class_attraction": _fake_class_attraction,
+    "observe_classes": _fake_observe_classes,
+    "follow_classes": _fake_follow_classes,
 }
 
 

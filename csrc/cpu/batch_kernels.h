@@ -95,4 +95,24 @@ template <class In, class T>
 void class_attraction(Matrix<const In> z, const T* mean, const T* var, const int64_t* index,
                       const T* coefficient, int64_t count, T* energy, T* gradient);
 
+// Distinct classes, negative for those to leave out, and what a batch has of each.
+template <class T>
+struct BatchClasses {
+  const int64_t* classes;  // (count)
+  const T* weight;         // (count)
+  const T* mean;           // (count, dims)
+  int64_t count;
+};
+
+// mean, count: (classes, dims) and (classes). Writes var (dims), updates (1), weight (batch.count)
+// and metric (dims). batch_var: (batch.count, dims).
+template <class T>
+void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchClasses<T> batch,
+                     const T* batch_var, int64_t dims, double momentum, double floor, T* weight,
+                     T* metric);
+
+// Writes mean (classes, dims) and count (classes).
+template <class T>
+void follow_classes(T* mean, T* count, BatchClasses<T> batch, int64_t dims, double momentum);
+
 }  // namespace cwbr

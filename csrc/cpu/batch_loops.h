@@ -54,6 +54,15 @@ struct BatchLoops {
   // coefficient (count,); writes gradient (dims,) and returns the energy.
   T (*class_attraction)(const In* z, const T* mean, const T* inverse_var, int64_t dims,
                         const int64_t* index, const T* coefficient, int64_t count, T* gradient);
+
+  // The sum of mean^2 + var over (dims,).
+  T (*second_moments)(const T* mean, const T* var, int64_t dims);
+
+  // sum += share (var + (mean - bank_mean)^2), (n,) each.
+  void (*add_scatter)(T share, const T* bank_mean, const T* mean, const T* var, int64_t n, T* sum);
+
+  // mean += rate (target - mean), (n,) each.
+  void (*move_towards)(T rate, const T* target, int64_t n, T* mean);
 };
 
 // The table for the instruction set that isa_name() names.

@@ -135,4 +135,40 @@ T class_attraction(const In* z, const T* mean, const T* inverse_var, int64_t dim
   return sum_lanes<T>(energy) / 2;
 }
 
+// Calls body(columns, v) for each vector of columns.
+template <class In, class Body>
+CWBR_INLINE void for_each_vector(int64_t width, Body body) {
+  for_each_column<In>(
+      width, [&]<int Vectors, bool Whole>(Columns<In, Vectors, Whole> columns) CWBR_LAMBDA_INLINE {
+        for (int v = 0; v < Vectors; ++v) body(columns, v);
+      });
+}
+
+template <class In, class T>
+T second_moments(const T* mean, const T* var, int64_t dims) {
+  Vec<T> sum = {};
+  for_each_vector<In>(dims, [&](auto columns, int v) CWBR_LAMBDA_INLINE {
+    const Vec<T> m = columns.values(mean, v);
+    sum += fma(m, m, columns.values(var, v));
+  });
+  return sum_lanes<T>(sum);
+}
+
+template <class In, class T>
+void add_scatter(T share, const T* bank_mean, const T* mean, const T* var, int64_t n, T* sum) {
+  for_each_vector<In>(n, [&](auto columns, int v) CWBR_LAMBDA_INLINE {
+    const Vec<T> difference = columns.values(mean, v) - columns.values(bank_mean, v);
+    const Vec<T> square = fma(difference, difference, columns.values(var, v));
+    columns.put(sum, v, fma(broadcast(share), square, columns.values(sum, v)));
+  });
+}
+
+template <class In, class T>
+void move_towards(T rate, const T* target, int64_t n, T* mean) {
+  for_each_vector<In>(n, [&](auto columns, int v) CWBR_LAMBDA_INLINE {
+    const Vec<T> from = columns.values(mean, v);
+    columns.put(mean, v, fma(broadcast(rate), columns.values(target, v) - from, from));
+  });
+}
+
 }  // namespace cwbr::CWBR_ISA

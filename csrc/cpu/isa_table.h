@@ -25,7 +25,8 @@ const BatchLoops<In>& batch_loops() {
   using T = Accumulate<In>;
   static constexpr BatchLoops<In> table = {
       moments<In, T>,           moments_gradient<In, T>, softmax_statistics<In, T>,
-      add_probabilities<In, T>, top_confusions<In, T>,   class_attraction<In, T>};
+      add_probabilities<In, T>, top_confusions<In, T>,   class_attraction<In, T>,
+      second_moments<In, T>,    add_scatter<In, T>,      move_towards<In, T>};
   return table;
 }
 

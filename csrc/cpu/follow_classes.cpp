@@ -1,0 +1,34 @@
+#include <algorithm>
+
+#include "cpu/batch_kernels.h"
+#include "cpu/batch_loops.h"
+#include "cpu/parallel.h"
+
+namespace cwbr {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements of the batch's means per thread
+
+}  // namespace
+
+template <class T>
+void follow_classes(T* mean, T* count, BatchClasses<T> batch, int64_t dims, double momentum) {
+  const auto& loops = batch_loops<T>();
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dims));
+  parallel_for(0, batch.count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t row = batch.classes[k];
+      const T weight = batch.weight[k];
+      if (row < 0 || !(weight > 0)) continue;
+      count[row] += weight;
+      const T rate = std::max(weight / std::max(count[row], T(1)), T(1 - momentum));
+      loops.move_towards(rate, batch.mean + k * dims, dims, mean + row * dims);
+    }
+  });
+}
+
+#define CWBR_INSTANTIATE(T) template void follow_classes(T*, T*, BatchClasses<T>, int64_t, double);
+CWBR_INSTANTIATE(float)
+CWBR_INSTANTIATE(double)
+
+}  // namespace cwbr

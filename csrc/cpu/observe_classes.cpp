@@ -1,0 +1,77 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/batch_kernels.h"
+#include "cpu/batch_loops.h"
+#include "cpu/parallel.h"
+
+namespace cwbr {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements of the batch's moments per thread
+
+// x moved towards y by a share of the way, exactly y at the end of it.
+template <class T>
+T interpolate(T x, T y, T share) {
+  return share < T(0.5) ? x + share * (y - x) : y - (y - x) * (1 - share);
+}
+
+template <class T>
+void write_metric(const T* var, int64_t dims, T floor, T* metric) {
+  double sum = 0;
+  for (int64_t d = 0; d < dims; ++d) sum += var[d];
+  const T level = static_cast<T>(sum / dims);
+  const T least = floor * level + std::numeric_limits<T>::min();
+  for (int64_t d = 0; d < dims; ++d) metric[d] = level > 0 ? var[d] + least : T(1);
+}
+
+}  // namespace
+
+template <class T>
+void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchClasses<T> batch,
+                     const T* batch_var, int64_t dims, double momentum, double floor, T* weight,
+                     T* metric) {
+  const auto& loops = batch_loops<T>();
+  const int64_t row_grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dims));
+  parallel_for(0, batch.count, row_grain, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
+      // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
+      const bool finite =
+          used && std::isfinite(
+                      4 * loops.second_moments(batch.mean + k * dims, batch_var + k * dims, dims));
+      weight[k] = finite ? batch.weight[k] : T(0);
+    }
+  });
+
+  std::vector<T> share(batch.count, T(0)), scatter(dims, T(0));
+  T total = 0;
+  for (int64_t k = 0; k < batch.count; ++k) {
+    if (weight[k] > 0 && count[batch.classes[k]] > 0) total += share[k] = weight[k];
+  }
+  if (total > 0) {
+    const int64_t column_grain = std::max<int64_t>(1, kGrain / batch.count);
+    parallel_for(0, dims, column_grain, [&](int64_t first, int64_t last) {
+      for (int64_t k = 0; k < batch.count; ++k) {
+        if (share[k] == 0) continue;
+        loops.add_scatter(share[k] / total, mean + batch.classes[k] * dims + first,
+                          batch.mean + k * dims + first, batch_var + k * dims + first, last - first,
+                          scatter.data() + first);
+      }
+    });
+    *updates += 1;
+    const T pace = std::max(1 / std::max(*updates, T(1)), T(1 - momentum));
+    for (int64_t d = 0; d < dims; ++d) var[d] = interpolate(var[d], scatter[d], pace);
+  }
+  write_metric(var, dims, T(floor), metric);
+}
+
+#define CWBR_INSTANTIATE(T)                                                                     \
+  template void observe_classes(const T*, const T*, T*, T*, BatchClasses<T>, const T*, int64_t, \
+                                double, double, T*, T*);
+CWBR_INSTANTIATE(float)
+CWBR_INSTANTIATE(double)
+
+}  // namespace cwbr
