@@ -127,7 +127,8 @@ def observe_classes(
     difference = batch_mean - mean[rows]
     scatter = torch.addcmul(batch_var, difference, difference)
     scatter = torch.where(known[:, None] > 0, scatter, 0)  # 0 times what is not finite is not 0
-    now = (known / (total + (1 - any_known))) @ scatter
+    share = known / (total + (1 - any_known))
+    now = (share[:, None] * scatter).sum(0)
     updates += any_known
     pace = (1 / updates.clamp(min=1)).clamp(min=1 - momentum)
     var.lerp_(now, any_known * pace)

@@ -124,3 +124,26 @@ def assert_near(actual: Tensor, truth: Tensor, scale: float = 1) -> None:
     underflow = torch.finfo(actual.dtype).smallest_normal
     bound = TOLERANCE[actual.dtype] * max(scale * largest, underflow)
     torch.testing.assert_close(actual.double(), truth.double(), rtol=0, atol=bound, equal_nan=True)
+
+
+def written(name: str) -> list[int]:
+    """The positions of the arguments that operation `name` writes, by its schema."""
+    parameters = getattr(torch.ops.cwbr_fused, name).default._schema.arguments
+    return [i for i, p in enumerate(parameters) if p.alias_info and p.alias_info.is_write]
+
+
+def outcome(operation: Callable[..., Any], name: str, arguments: Sequence[Any]) -> list[Tensor]:
+    """All that a call of `name` gives: its results, and copies of the arguments that it writes."""
+    given = list(arguments)
+    copies = [given[i].clone() for i in written(name)]
+    for position, copy in zip(written(name), copies, strict=True):
+        given[position] = copy
+    return [*flat(operation(*given)), *copies]
+
+
+def flat(result: Any) -> list[Tensor]:
+    if result is None:
+        return []
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flat(part)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_inputs import outcome
 from test_ops import operation_arguments
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -35,9 +36,9 @@ def test_autocast_changes_no_operation(name: str, backend: str) -> None:
     given = operation_arguments(torch.float32, backend)[name]
     for cast_to in HALVES:
         for arguments in (given, half_samples(name, given, cast_to)):
-            expected = operation(*arguments)
+            expected = outcome(operation, name, arguments)
             with torch.autocast("cpu", dtype=cast_to):
-                actual = operation(*arguments)
+                actual = outcome(operation, name, arguments)
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -97,6 +98,31 @@ def test_loss_of_an_autocast_network_is_accumulated_in_float32(
     torch.testing.assert_close(
         gradient, wanted, rtol=rounding, atol=rounding * float(wanted.abs().max())
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("soft", [False, True], ids=["classes", "soft targets"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_cwbr_does_the_same_inside_autocast_as_outside(
+    dtype: torch.dtype, soft: bool, backend: str
+) -> None:
+    x, y = batch()
+    targets = torch.nn.functional.one_hot(y, 4) * 0.8 + 0.05 if soft else y
+    results = []
+    for inside in (True, False):
+        network, cwbr = Network(), cwbr_fused.CWBR(4, backend=backend)
+        for _ in range(3):
+            network.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                features, logits = network(x)
+                ce = cross_entropy(logits, targets)
+                with torch.autocast("cpu", dtype=dtype, enabled=inside):
+                    energy = cwbr(features, logits, targets)
+            ce.backward()
+        gradient = network.body.weight.grad
+        results.append((energy, gradient, *cwbr.state_dict().values()))
+        assert energy != 0
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

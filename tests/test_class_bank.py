@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cwbr_fused import reference_bank
 from cwbr_fused.bank import ClassBank
+
+
+def learn(bank: ClassBank, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor) -> None:
+    weight, _ = bank.observe(classes, size, mean, var)
+    bank.follow(classes, weight, mean)
 
 
 def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
@@ -49,8 +55,9 @@ def test_ties_go_to_the_smaller_class_and_missing_candidates_are_marked() -> Non
 def test_bank_averages_first_and_then_follows() -> None:
     bank = ClassBank(3, 1, momentum=0.75)
     for value in (1.0, 2.0, 3.0, 4.0, 8.0):
-        moments = torch.tensor([[value]]), torch.zeros(1, 1)
-        bank.follow(bank.observe(torch.tensor([1]), torch.tensor([1]), *moments))
+        learn(
+            bank, torch.tensor([1]), torch.tensor([1]), torch.tensor([[value]]), torch.zeros(1, 1)
+        )
     average = (1 + 2 + 3 + 4) / 4
     torch.testing.assert_close(bank.mean[1, 0].item(), average + 0.25 * (8 - average))
     assert bank.mean[[0, 2]].eq(0).all()
@@ -63,8 +70,7 @@ def test_bank_variance_approaches_that_within_the_classes() -> None:
     sigma, centres = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[-50.0], [50.0]])
     for _ in range(400):
         samples = centres + sigma * torch.randn(2, 3, generator=generator)
-        moments = samples, torch.zeros(2, 3)
-        bank.follow(bank.observe(torch.arange(2), torch.ones(2), *moments))
+        learn(bank, torch.arange(2), torch.ones(2), samples, torch.zeros(2, 3))
     # About a mean that moves by a tenth: larger by 1 + 0.1 / 1.9.
     torch.testing.assert_close(bank.var / sigma**2, torch.full((3,), 1.05), rtol=0.35, atol=0)
 
@@ -73,7 +79,7 @@ def test_moments_whose_squares_overflow_change_nothing() -> None:
     bank = ClassBank(2, 2, momentum=0.5)
     ordinary = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
     for mean, var in (ordinary, (torch.full((1, 2), 1e19), torch.zeros(1, 2)), ordinary):
-        bank.follow(bank.observe(torch.tensor([0]), torch.tensor([1]), mean, var))
+        learn(bank, torch.tensor([0]), torch.tensor([1]), mean, var)
     assert bank.count.tolist() == [2, 0]
     assert bank.mean[0].tolist() == [1, 2]
     assert bank.var.tolist() == [1, 1]

@@ -130,7 +130,7 @@ class PairBank:
             bank = self.banks.setdefault(name, ClassBank(self.classes, z.shape[1], 0.7))
             seen, mean = bank.count > 0, class_means(z)
             scatter = class_means((z.detach() - mean.detach()[inverse]).square())
-            move = bank.observe(classes, size, mean.detach(), scatter)
+            weight_of_move, _ = bank.observe(classes, size, mean.detach(), scatter)
             known = seen[targets]
             if known.any():
                 now = (z - bank.mean[targets])[known].square().mean(0)
@@ -142,7 +142,7 @@ class PairBank:
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
                 (pull,) = torch.autograd.grad(objective, leaf)
                 hook_on(layer, pull)
-            bank.follow(move)
+            bank.follow(classes, weight_of_move, mean.detach())
         return ce
 
 

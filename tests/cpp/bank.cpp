@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "cpu/batch_kernels.h"
@@ -112,9 +113,128 @@ void test_type(double tolerance) {
   }
 }
 
+// What a batch writes into a bank of which every third class is new; class 1 of the batch is left
+// out, class 2 has moments too large to square.
+template <class T>
+struct Learned {
+  Array<T> mean, count, var, updates, weight, metric;
+};
+
+struct BankCase {
+  const char* name;
+  int64_t classes, groups, dims;
+};
+constexpr BankCase kBankCases[] = {{"bank of odd size", 53, 37, 131},
+                                   {"bank of one dimension", 9, 9, 1},
+                                   {"bank without a batch", 8, 0, 17},
+                                   {"bank without dimensions", 5, 4, 0},
+                                   {"bank of many slices", 300, 200, 1100}};
+constexpr double kMomentum = 0.9, kFloor = 1e-3, kMeanMomentum = 0.7;
+
+template <class T>
+struct BankInput {
+  Learned<T> bank;
+  Array<int64_t> rows;
+  Array<T> size, mean, var;
+
+  explicit BankInput(const BankCase& c) {
+    bank.mean = random_normal<T>(c.classes * c.dims, 1);
+    for (int64_t i = 0; i < c.classes; ++i) bank.count.push_back(i % 3);
+    bank.var = random_normal<T>(c.dims, 2);
+    for (T& v : bank.var) v *= v;
+    bank.updates = {3};
+    for (int64_t k = 0; k < c.groups; ++k) {
+      rows.push_back(k == 1 ? -1 : c.classes - 1 - k);
+      size.push_back(k % 4);
+    }
+    mean = random_normal<T>(c.groups * c.dims, 3);
+    var = random_normal<T>(c.groups * c.dims, 4);
+    for (T& v : var) v *= v;
+    for (int64_t d = 0; d < c.dims && c.groups > 2; ++d)
+      mean[2 * c.dims + d] = std::numeric_limits<T>::max() / 8;
+  }
+
+  Learned<T> learn(const BankCase& c) const {
+    Learned<T> r = bank;
+    r.weight.resize(c.groups);
+    r.metric.resize(c.dims);
+    observe_classes(r.mean.data(), r.count.data(), r.var.data(), r.updates.data(),
+                    BatchClasses<T>{rows.data(), size.data(), mean.data(), c.groups}, var.data(),
+                    c.dims, kMomentum, kFloor, r.weight.data(), r.metric.data());
+    follow_classes(r.mean.data(), r.count.data(),
+                   BatchClasses<T>{rows.data(), r.weight.data(), mean.data(), c.groups}, c.dims,
+                   kMeanMomentum);
+    return r;
+  }
+
+  Learned<double> definition(const BankCase& c) const {
+    Learned<double> r;
+    r.mean.assign(bank.mean.begin(), bank.mean.end());
+    r.count.assign(bank.count.begin(), bank.count.end());
+    r.var.assign(bank.var.begin(), bank.var.end());
+    r.updates.assign(bank.updates.begin(), bank.updates.end());
+    Array<double> scatter(c.dims);
+    double total = 0;
+    for (int64_t k = 0; k < c.groups; ++k) {
+      const bool used = rows[k] >= 0 && (k != 2 || c.dims == 0);
+      r.weight.push_back(used ? static_cast<double>(size[k]) : 0);
+      if (r.weight[k] == 0 || r.count[rows[k]] == 0) continue;
+      total += r.weight[k];
+      for (int64_t d = 0; d < c.dims; ++d) {
+        const double move = mean[k * c.dims + d] - r.mean[rows[k] * c.dims + d];
+        scatter[d] += r.weight[k] * (move * move + var[k * c.dims + d]);
+      }
+    }
+    if (total > 0) r.updates[0] += 1;
+    const double pace = std::max(1 / r.updates[0], 1 - kMomentum);
+    double level = 0;
+    for (int64_t d = 0; d < c.dims; ++d) {
+      if (total > 0) r.var[d] += pace * (scatter[d] / total - r.var[d]);
+      level += r.var[d] / c.dims;
+    }
+    for (int64_t d = 0; d < c.dims; ++d) r.metric.push_back(r.var[d] + kFloor * level);
+    for (int64_t k = 0; k < c.groups; ++k) {
+      if (r.weight[k] == 0) continue;
+      double& count = r.count[rows[k]];
+      count += r.weight[k];
+      const double rate = std::max(r.weight[k] / count, 1 - kMeanMomentum);
+      for (int64_t d = 0; d < c.dims; ++d) {
+        double& center = r.mean[rows[k] * c.dims + d];
+        center += rate * (mean[k * c.dims + d] - center);
+      }
+    }
+    return r;
+  }
+};
+
+template <class T>
+void test_learning(double tolerance) {
+  for (const BankCase& c : kBankCases) {
+    const BankInput<T> input(c);
+    thread_count = 1;
+    const Learned<T> expected = input.learn(c);
+    const Learned<double> truth = input.definition(c);
+    expect_near(c.name, expected.mean, truth.mean, tolerance);
+    expect_near(c.name, expected.count, truth.count, 0);
+    expect_near(c.name, expected.var, truth.var, tolerance);
+    expect_near(c.name, expected.updates, truth.updates, 0);
+    expect_near(c.name, expected.weight, truth.weight, 0);
+    expect_near(c.name, expected.metric, truth.metric, tolerance);
+    for (thread_count = 2; thread_count <= 5; thread_count += 3) {
+      const Learned<T> results = input.learn(c);
+      for (auto field : {&Learned<T>::mean, &Learned<T>::count, &Learned<T>::var,
+                         &Learned<T>::updates, &Learned<T>::weight, &Learned<T>::metric}) {
+        expect_same_bits(c.name, results.*field, expected.*field);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void test_class_bank() {
   test_type<double>(1e-12);
   test_type<float>(4e-6);
+  test_learning<double>(1e-13);
+  test_learning<float>(2e-6);
 }
