@@ -197,6 +197,13 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
     bank, var = floats(n_classes, dims), floats(dims)
     kernels.class_attraction(z, bank, var, index, weight)
     yield "class_attraction"
+    count, size, of_batch = floats(n_classes), floats(batch), floats(batch, dims)
+    kernels.observe_classes(
+        bank, count, var, floats(), targets, size, of_batch, of_batch, 0.95, 1e-3
+    )
+    yield "observe_classes"
+    kernels.follow_classes(bank, count, targets, size, of_batch, 0.9)
+    yield "follow_classes"
     chosen, weights = integers(pairs, 2), floats(pairs)
     kernels.pair_distance(*moments, chosen, EPS)
     yield "pair_distance"

@@ -50,6 +50,10 @@ KERNELS = {
     "regularizer_backward_kernel": ("regularizer", "backward", 128, 0, 0),
     "top_confusions_kernel": ("top_confusions", "forward", 512, 392, 520),
     "class_attraction_kernel": ("class_attraction", "forward", 128, 128, 256),
+    "class_weights_kernel": ("observe_classes", "forward", 128, 128, 256),
+    "scatter_kernel": ("observe_classes", "forward", 128, 128, 256),
+    "variances_kernel": ("observe_classes", "forward", 256, 1156, 2312),
+    "follow_classes_kernel": ("follow_classes", "forward", 128, 0, 0),
 }
 
 # Of one multiprocessor: registers, bytes of shared memory, threads, blocks; and what each block's

@@ -346,13 +346,6 @@ std::tuple<Tensor, Tensor> class_attraction_op(const Tensor& z, const Tensor& me
   });
 }
 
-// `t` of this shape and dtype, to be written in place.
-template <class T, size_t N>
-T* written(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
-  check(t.is_contiguous(), name, ": expected a contiguous tensor");
-  return data<T>(checked<T, N>(t, name, sizes));
-}
-
 std::tuple<Tensor, Tensor> observe_classes_op(const Tensor& mean, const Tensor& count,
                                               const Tensor& var, const Tensor& updates,
                                               const Tensor& classes, const Tensor& size,

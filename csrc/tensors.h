@@ -80,6 +80,13 @@ Tensor checked(const Tensor& t, const char* name, const std::array<int64_t, N>& 
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// The elements of `t` of this shape and dtype, to be written in place.
+template <class T, size_t N>
+T* written(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
+  check(t.is_contiguous(), name, ": expected a contiguous tensor");
+  return data<T>(checked<T, N>(t, name, sizes));
+}
+
 // A matrix of any floating dtype whose rows are contiguous, at any distance from each other.
 struct InputMatrix {
   Tensor tensor;

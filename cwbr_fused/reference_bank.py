@@ -147,11 +147,13 @@ def follow_classes(
 
     Args:
         mean, count: (C, D) and (C,), as for `observe_classes`; both are written.
-        classes, weight: (K,), the weights those that `observe_classes` returns.
+        classes, weight: (K,) int64, distinct but for negative ones, which are left out, and the
+            weights that `observe_classes` returns; 0 leaves a class out.
         batch_mean: (K, D).
         momentum: how much of a mean is kept at least when its class occurs again.
     """
     rows = classes.clamp(min=0)
+    weight = torch.where(classes >= 0, weight, 0)
     count.index_add_(0, rows, weight)
     used = weight > 0
     rate = (weight / count[rows].clamp(min=1)).clamp(min=1 - momentum)

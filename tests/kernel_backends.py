@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from emulation.harness import Emulator, emulated_library
+from kernel_inputs import outcome, written
 from torch import Tensor
 from triton_inputs import DEVICE, TRITON
 
@@ -22,10 +24,21 @@ class Kernels:
     device: str
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """The results on the CPU of operation `name`; its arguments are moved to the device."""
+        """The results on the CPU of operation `name`, whose arguments are moved to the device.
+
+        What the operation writes is brought back.
+        """
         moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
         result = getattr(self.operations, name)(*moved)
-        return result.cpu() if isinstance(result, Tensor) else tuple(t.cpu() for t in result)
+        for position in written(name):
+            arguments[position].copy_(moved[position])
+        if result is None or isinstance(result, Tensor):
+            return result if result is None else result.cpu()
+        return tuple(t.cpu() for t in result)
+
+    def outcome(self, name: str, *arguments: Any) -> list[Tensor]:
+        """The results on the CPU, and copies of the arguments that operation `name` writes."""
+        return outcome(partial(self, name), name, arguments)
 
 
 def kernels_of(backend: str) -> Kernels:

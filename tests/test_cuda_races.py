@@ -19,6 +19,8 @@ DEFECTS = find_defects()
 RACES = {
     "common.cuh": "plan",
     "confusion_weights.cuh": "plan",
+    "follow_classes.cuh": "class_bank",
+    "observe_classes.cuh": "class_bank",
     "top_confusions.cuh": "class_bank",
     "top_pairs.cuh": "plan",
     "pack_rows.cuh": "all_pairs",

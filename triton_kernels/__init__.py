@@ -8,7 +8,9 @@ from .all_pair_distance import all_pair_distance, all_pair_distance_backward
 from .class_attraction import class_attraction
 from .class_moments import class_moments, class_moments_backward
 from .confusion_weights import confusion_weights
+from .follow_classes import follow_classes
 from .group_by_class import group_by_class
+from .observe_classes import observe_classes
 from .pair_distance import pair_distance, pair_distance_backward
 from .plan import plan
 from .regularizer import regularizer, regularizer_backward
@@ -23,7 +25,9 @@ __all__ = [
     "class_moments",
     "class_moments_backward",
     "confusion_weights",
+    "follow_classes",
     "group_by_class",
+    "observe_classes",
     "pair_distance",
     "pair_distance_backward",
     "plan",

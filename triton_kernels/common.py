@@ -23,6 +23,13 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def require_contiguous(**written: Tensor) -> None:
+    """Raises ValueError for a tensor, to be written in place, that is not contiguous."""
+    for name, x in written.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
+
+
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of `shape` on the device of `like`."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
@@ -42,6 +49,16 @@ def last_to_arrive(counter):
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     return arrived == tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) - 1
+
+
+@triton.jit
+def sum_of(values, size, BLOCK: tl.constexpr, CACHE: tl.constexpr = ""):
+    """The sum of `size` numbers, in an order that BLOCK alone decides."""
+    total = tl.zeros([BLOCK], values.dtype.element_ty)
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(values + i, mask=i < size, other=0, cache_modifier=CACHE)
+    return tl.sum(total, 0)
 
 
 def approximate(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import launch_moments, store_feature_gradient, store_ungrouped_zeros
-from .common import approximate, last_to_arrive, launch, scratch, with_unit_stride
+from .common import approximate, last_to_arrive, launch, scratch, sum_of, with_unit_stride
 from .pair_distance import (
     LIST_BLOCK,
     distance_of_rows,
@@ -21,15 +21,6 @@ from .pair_distance import (
 )
 
 PAIR_BLOCK = 1024
-
-
-@triton.jit
-def _sum_of_weights(weights, n_pairs, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], weights.dtype.element_ty)
-    for first in range(0, n_pairs, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        total += tl.load(weights + m, mask=m < n_pairs, other=0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -77,7 +68,7 @@ def _overlap(
 def _mean_overlap(
     n_layers, distance, weights, n_pairs, EPS: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr
 ):
-    total = _sum_of_weights(weights, n_pairs, BLOCK)
+    total = sum_of(weights, n_pairs, BLOCK)
     overlap = total * 0
     for layer in range(n_layers):
         row = distance + layer * n_pairs
@@ -125,7 +116,7 @@ def _store_pair_gradients(
     BLOCK: tl.constexpr,
 ):
     """dL/dD of one layer: `-scale w exp(-D)/max(sum(w), eps)`, or -scale softmax(log(w) - D)."""
-    total = _sum_of_weights(weights, n_pairs, BLOCK)
+    total = sum_of(weights, n_pairs, BLOCK)
     if LOG:
         peak, mass = _log_sum_exp(distance, weights, n_pairs, BLOCK)
     for first in range(0, n_pairs, BLOCK):

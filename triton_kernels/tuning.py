@@ -84,6 +84,16 @@ def class_attraction(dims: int, mean: Tensor) -> Options:
     return block_of_dims(dims, mean.element_size(), most_warps=4)
 
 
+def class_rows(dims: int, mean: Tensor) -> Options:
+    """A program reads a row or two of a batch's class moments, once."""
+    return block_of_dims(dims, mean.element_size(), most_warps=4)
+
+
+def observe_classes(mean: Tensor) -> Options:
+    """Sixteen classes at a time: so many rows are under way at once that few programs suffice."""
+    return {"ROWS": 16, "BLOCK": 32 * 16 // mean.element_size(), "num_warps": 4}
+
+
 def all_pairs(mean: Tensor) -> tuple[Options, ...]:
     """Tiles of 16 rows: a thread then holds 4 x 4 pairs. Narrow ones where classes are few.
 

@@ -66,17 +66,12 @@ __device__ accumulate_t<T> attract_all(const Attraction<accumulate_t<T>>& bank, 
   return energy;
 }
 
-template <class A>
-struct AttractionShared {
-  A scratch[kMaxWarps];
-};
-
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads)
     class_attraction_kernel(const T* z, Attraction<accumulate_t<T>> bank, accumulate_t<T>* energy,
                             accumulate_t<T>* gradient) {
   using A = accumulate_t<T>;
-  AttractionShared<A>& shared = shared_memory<AttractionShared<A>>();
+  SumShared<A>& shared = shared_memory<SumShared<A>>();
   const bool vectors = vectors_fit(z, bank.dims) && vectors_fit(bank.mean, bank.dims) &&
                        vectors_fit(bank.var, bank.dims) && vectors_fit(gradient, bank.dims);
   const A mine = vectors ? attract_all<T, kVectorWidth<T>>(bank, z, gradient)
@@ -89,8 +84,8 @@ __global__ void __launch_bounds__(kColumnThreads)
 template <class T, class Launcher>
 void class_attraction(Launcher& launch, const T* z, int64_t batch, Attraction<accumulate_t<T>> bank,
                       accumulate_t<T>* energy, accumulate_t<T>* gradient) {
-  launch(class_attraction_kernel<T>, batch, kColumnThreads,
-         sizeof(AttractionShared<accumulate_t<T>>), z, bank, energy, gradient);
+  launch(class_attraction_kernel<T>, batch, kColumnThreads, sizeof(SumShared<accumulate_t<T>>), z,
+         bank, energy, gradient);
 }
 
 }  // namespace cwbr::cuda

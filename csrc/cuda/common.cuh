@@ -15,6 +15,8 @@ constexpr int kMaxWarps = 32;
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <class A>
+constexpr A kSmallestNormal = std::numeric_limits<A>::min();
 
 template <class T>
 constexpr __host__ __device__ T ceil_div(T a, T b) {
@@ -168,6 +170,20 @@ template <class T>
 __device__ T block_max(T value, T (&scratch)[kMaxWarps]) {
   return block_reduce(value, scratch, [](T a, T b) { return larger(a, b); });
 }
+
+// The sum of `count` numbers of global memory, in one fixed order; every thread gets it.
+template <class T>
+__device__ T sum_of(const T* values, int64_t count, T (&scratch)[kMaxWarps]) {
+  T sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
+  return block_sum(sum, scratch);
+}
+
+// What a kernel needs that only sums over the block.
+template <class T>
+struct SumShared {
+  T scratch[kMaxWarps];
+};
 
 struct Scan {
   int before;  // the sum over the threads before this one

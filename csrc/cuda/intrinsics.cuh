@@ -36,6 +36,10 @@ __device__ inline double fast_log2(double x) { return log2(x); }
 __device__ inline uint4 load_128(const void* global) {
   return __ldg(reinterpret_cast<const uint4*>(global));
 }
+// As load_128, of memory that the same kernel writes.
+__device__ inline uint4 load_own_128(const void* global) {
+  return *reinterpret_cast<const uint4*>(global);
+}
 __device__ inline void store_128(void* global, uint4 value) {
   *reinterpret_cast<uint4*>(global) = value;
 }

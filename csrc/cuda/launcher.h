@@ -61,20 +61,29 @@ class Launcher {
   // `t` of this dtype and shape (-1: any size) on the device, made contiguous where it is not.
   template <class T, size_t N>
   Tensor input(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) const {
-    check(t.is_cuda() && t.get_device_index() == device_, name,
-          ": expected a tensor on cuda:", device_);
+    check_device(t, name);
     return checked<T, N>(t, name, sizes);
+  }
+
+  // The elements of such a tensor on the device, to be written in place.
+  template <class T, size_t N>
+  T* written(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) const {
+    check_device(t, name);
+    return cwbr::written<T, N>(t, name, sizes);
   }
 
   // A contiguous matrix of any floating dtype.
   Tensor matrix(const Tensor& t, const char* name) const {
-    check(t.is_cuda() && t.get_device_index() == device_, name,
-          ": expected a tensor on cuda:", device_);
+    check_device(t, name);
     check(t.dim() == 2, name, ": expected a matrix, got shape ", shape(t.sizes()));
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
 
  private:
+  void check_device(const Tensor& t, const char* name) const {
+    check(t.is_cuda() && t.get_device_index() == device_, name,
+          ": expected a tensor on cuda:", device_);
+  }
   static void check_launch(cudaError_t error) {
     check(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
   }

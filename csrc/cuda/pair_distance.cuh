@@ -45,11 +45,6 @@ __device__ A distance_of_pair(const A* mean, const A* var, int64_t groups, int64
 }
 
 template <class A>
-struct SumShared {
-  A scratch[kMaxWarps];
-};
-
-template <class A>
 __global__ void __launch_bounds__(kColumnThreads)
     pair_distance_kernel(const A* mean, const A* var, int64_t groups, int64_t dims,
                          const int64_t* pairs, A eps, A* distance) {

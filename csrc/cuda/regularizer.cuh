@@ -35,13 +35,6 @@ struct RegularizerShared {
   int last;
 };
 
-template <class A>
-__device__ A total_weight(const PairSettings<A>& settings, A (&scratch)[kMaxWarps]) {
-  A sum = 0;
-  for (int64_t m = threadIdx.x; m < settings.count; m += blockDim.x) sum += settings.weights[m];
-  return block_sum(sum, scratch);
-}
-
 // The overlap of one layer from its distances.
 template <class A>
 __device__ OverlapPart<A> layer_overlap(const PairSettings<A>& settings, const A* distance,
@@ -68,7 +61,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   }
   const int64_t blocks = settings.count > 0 ? total_layers * settings.count : 1;
   if (!arrives_last(ticket, blocks, shared.last)) return;
-  const A total = total_weight(settings, shared.scratch);
+  const A total = sum_of(settings.weights, settings.count, shared.scratch);
   A sum = 0;
   for (int layer = 0; layer < total_layers; ++layer)
     sum += overlap_value(layer_overlap(settings, distance + layer * settings.count, shared.scratch),
@@ -91,7 +84,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   }
   distance += layer * settings.count;
   grad_distance += layer * settings.count;
-  const A total = total_weight(settings, shared.scratch);
+  const A total = sum_of(settings.weights, settings.count, shared.scratch);
   const OverlapPart<A> all = layer_overlap(settings, distance, shared.scratch);
   const A value = overlap_value(all, total, settings.eps, settings.log);
   for (int64_t m = threadIdx.x; m < settings.count; m += blockDim.x)

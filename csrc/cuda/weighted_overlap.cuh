@@ -18,14 +18,6 @@ struct OverlapSettings {
   A eps;
 };
 
-template <class A>
-__device__ A total_weight(const OverlapSettings<A>& settings, A (&scratch)[kMaxWarps]) {
-  A sum = 0;
-  for (int64_t row = threadIdx.x; row < settings.rows; row += blockDim.x)
-    sum += settings.row_weight[row];
-  return block_sum(sum, scratch);
-}
-
 // Calls run(a, b, weight, i, j) for this thread's pairs above the diagonal.
 template <class A, class Run>
 __device__ void for_pairs(const OverlapSettings<A>& settings, const TilePlace<A>& place, Run run) {
@@ -66,7 +58,7 @@ struct SumOverlaps {
       for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x)
         visit(parts[tile].max, parts[tile].sum);
     });
-    const A total = total_weight(settings, shared.scratch);
+    const A total = sum_of(settings.row_weight, settings.rows, shared.scratch);
     if (threadIdx.x == 0) *value = overlap_value(all, total, settings.eps, LOG);
   }
 };
@@ -83,7 +75,7 @@ struct WriteGradients {
   __device__ A limit() const { return A(4 * kFarthest<A>); }
   __device__ void operator()(const TilePlace<A>& place, const A (&sum)[kMicro<A>][kMicro<A>],
                              TileShared<A>& shared) const {
-    const A total = total_weight(settings, shared.scratch);
+    const A total = sum_of(settings.row_weight, settings.rows, shared.scratch);
     A* tile = gradients + int64_t{place.number} * kTileRows<A> * kTileRows<A>;
     for_pairs(settings, place, [&](int a, int b, A weight, int64_t i, int64_t j) {
       tile[(i - place.first[0]) * kTileRows<A> + j - place.first[1]] = overlap_gradient(

@@ -114,6 +114,7 @@ inline uint4 load_128(const void* global) {
   memcpy(&value, global, sizeof(value));
   return value;
 }
+inline uint4 load_own_128(const void* global) { return load_128(global); }
 inline void store_128(void* global, uint4 value) {
   check_aligned(global);
   memcpy(global, &value, sizeof(value));

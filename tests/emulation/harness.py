@@ -270,12 +270,49 @@ class Emulator:
         self._run("class_attraction", DTYPES[z.dtype], *inputs, *results)
         return _tensors(results)
 
+    def observe_classes(
+        self,
+        mean: Tensor,
+        count: Tensor,
+        var: Tensor,
+        updates: Tensor,
+        classes: Tensor,
+        size: Tensor,
+        batch_mean: Tensor,
+        batch_var: Tensor,
+        momentum: float,
+        floor: float,
+    ) -> tuple[Tensor, Tensor]:
+        groups = classes.shape[0]
+        results = _new(mean, (groups,), (mean.shape[1],))
+        inputs = (mean, count, *mean.shape, _Written(var), _Written(updates), classes, size)
+        inputs += (batch_mean, batch_var, groups, float(momentum), float(floor))
+        self._run("observe_classes", DTYPES[mean.dtype], *inputs, *results)
+        return _tensors(results)
+
+    def follow_classes(
+        self,
+        mean: Tensor,
+        count: Tensor,
+        classes: Tensor,
+        weight: Tensor,
+        batch_mean: Tensor,
+        momentum: float,
+    ) -> None:
+        inputs = (_Written(mean), _Written(count), *mean.shape, classes, weight, batch_mean)
+        inputs += (classes.shape[0], float(momentum))
+        self._run("follow_classes", DTYPES[mean.dtype], *inputs)
+
 
 class _Result:
     """A tensor that the call fills in."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+class _Written(_Result):
+    """A contiguous tensor that the call reads and writes."""
 
 
 def _new(
@@ -311,8 +348,9 @@ class _Memory:
         address = self.library.guarded(ctypes.c_size_t(tensor.nbytes), ctypes.byref(owner))
         self.owners.append(owner)
         if isinstance(value, _Result):
+            assert tensor.is_contiguous()
             self.results.append((tensor, address))
-        else:
+        if isinstance(value, (Tensor, _Written)):
             ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)
         return int(address)
 

@@ -5,6 +5,8 @@
 #include "all_pair_distance.cuh"
 #include "class_attraction.cuh"
 #include "class_moments.cuh"
+#include "follow_classes.cuh"
+#include "observe_classes.cuh"
 #include "plan.cuh"
 #include "regularizer.cuh"
 #include "top_confusions.cuh"
@@ -256,6 +258,33 @@ int run_class_attraction(int dtype, void* z, int64_t batch, void* mean, void* va
                              as<const A>(coefficient),
                              count};
     class_attraction(launch, as<const T>(z), batch, bank, as<A>(energy), as<A>(gradient));
+  });
+}
+
+int run_observe_classes(int dtype, void* mean, void* count, int64_t num_classes, int64_t dims,
+                        void* var, void* updates, int64_t* classes, void* size, void* batch_mean,
+                        void* batch_var, int64_t groups, double momentum, double floor,
+                        void* weight, void* metric) {
+  return dispatch_accumulated(dtype, [&](auto& launch, auto type) {
+    using A = decltype(type);
+    observe_classes(
+        launch, Bank<A>{as<const A>(mean), as<const A>(count), num_classes, dims},
+        BatchMoments<A>{classes, as<const A>(size), as<const A>(batch_mean), as<const A>(batch_var),
+                        groups},
+        Variances<A>{as<A>(var), as<A>(updates), as<A>(metric), A(1 - momentum), A(floor)},
+        as<A>(weight));
+  });
+}
+
+int run_follow_classes(int dtype, void* mean, void* count, int64_t num_classes, int64_t dims,
+                       int64_t* classes, void* weight, void* batch_mean, int64_t groups,
+                       double momentum) {
+  return dispatch_accumulated(dtype, [&](auto& launch, auto type) {
+    using A = decltype(type);
+    follow_classes(
+        launch, as<A>(mean), as<A>(count), num_classes, dims,
+        FollowedClasses<A>{classes, as<const A>(weight), as<const A>(batch_mean), groups},
+        A(1 - momentum));
   });
 }
 

@@ -103,6 +103,15 @@ struct Problem {
                        index.data(), weight.data(), own.data());
     run_class_attraction(kFloat, z.data(), batch, mean.data(), var.data(), classes, dims,
                          index.data(), weight.data(), top, energy.data(), gradient.data());
+    std::vector<int64_t> distinct(classes);
+    for (int64_t c = 0; c < classes; ++c) distinct[c] = c;
+    std::vector<float> bank = floats(classes * dims), count(classes, 2), size(classes, 1);
+    std::vector<float> moments = floats(classes * dims, 0), metric(dims);
+    run_observe_classes(kFloat, bank.data(), count.data(), classes, dims, var.data(), &one,
+                        distinct.data(), size.data(), moments.data(), moments.data(), classes, 0.95,
+                        1e-3, weight.data(), metric.data());
+    run_follow_classes(kFloat, bank.data(), count.data(), classes, dims, distinct.data(),
+                       weight.data(), moments.data(), classes, 0.9);
   }
 };
 
