@@ -142,6 +142,12 @@ inline Tensor int64_targets(const Tensor& targets) {
   }
 }
 
+// Calls f(T()) with float or double, whichever is the dtype of `t`.
+template <class F>
+auto with_float_type(const Tensor& t, const F& f) {
+  return t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+}
+
 // Whether all of a contiguous int64 tensor is in [lowest, classes).
 inline void check_classes(const Tensor& t, const char* name, int64_t lowest, int64_t classes) {
   const int64_t* values = const_data<int64_t>(t);
