@@ -91,6 +91,14 @@ def test_the_mode_notices_a_sync() -> None:
                 sync(torch.ones((), device=DEVICE))
 
 
+def test_the_mode_notices_a_copy_to_the_host() -> None:
+    with FakeTensorMode(), NoSync():
+        on_device = torch.empty(3, device="cuda")
+        for copy in (Tensor.cpu, lambda x: x.to("cpu"), lambda x: x.to("cpu", non_blocking=True)):
+            with pytest.raises(AssertionError, match="waits for the device"):
+                copy(on_device)
+
+
 def test_a_step_waits_for_nothing_and_has_no_shape_from_data() -> None:
     with FakeTensorMode() as mode, NoSync(), counted_launches(run=False) as names:
         targets = torch.empty(64, dtype=torch.int64, device=DEVICE)
