@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <vector>
 
 #include "cpu/batch_kernels.h"
@@ -18,8 +17,7 @@ void class_attraction(Matrix<const In> z, const T* mean, const T* var, const int
   const auto& loops = batch_loops<In>();
   std::vector<T> inverse_var(z.cols);
   for (int64_t d = 0; d < z.cols; ++d) inverse_var[d] = 1 / var[d];
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, z.cols * (count + 1)));
-  parallel_for(0, z.rows, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, z.rows, grain_of(kGrain, z.cols * (count + 1)), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       energy[b] = loops.class_attraction(z.data + b * z.stride, mean, inverse_var.data(), z.cols,
                                          index + b * count, coefficient + b * count, count,

@@ -38,7 +38,7 @@ void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* cl
   const int64_t n = used.size();
   const int64_t cost =
       (1 + logits.cols + n) * std::max<int64_t>(1, logits.rows / std::max<int64_t>(1, n));
-  parallel_for(0, n, std::max<int64_t>(1, kGrain / cost), [&](int64_t first, int64_t last) {
+  parallel_for(0, n, grain_of(kGrain, cost), [&](int64_t first, int64_t last) {
     std::vector<T> sums(n);
     for (int64_t u = first; u < last; ++u) {
       const int64_t k = used[u], size = groups.size(k);

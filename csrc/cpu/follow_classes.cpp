@@ -14,8 +14,7 @@ constexpr int64_t kGrain = 1 << 15;  // elements of the batch's means per thread
 template <class T>
 void follow_classes(T* mean, T* count, BatchClasses<T> batch, int64_t dims, double momentum) {
   const auto& loops = batch_loops<T>();
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dims));
-  parallel_for(0, batch.count, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const int64_t row = batch.classes[k];
       const T weight = batch.weight[k];

@@ -34,8 +34,7 @@ void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchCla
                      const T* batch_var, int64_t dims, double momentum, double floor, T* weight,
                      T* metric) {
   const auto& loops = batch_loops<T>();
-  const int64_t row_grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, dims));
-  parallel_for(0, batch.count, row_grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
       // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
@@ -52,8 +51,7 @@ void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchCla
     if (weight[k] > 0 && count[batch.classes[k]] > 0) total += share[k] = weight[k];
   }
   if (total > 0) {
-    const int64_t column_grain = std::max<int64_t>(1, kGrain / batch.count);
-    parallel_for(0, dims, column_grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, dims, grain_of(kGrain, batch.count), [&](int64_t first, int64_t last) {
       for (int64_t k = 0; k < batch.count; ++k) {
         if (share[k] == 0) continue;
         loops.add_scatter(share[k] / total, mean + batch.classes[k] * dims + first,

@@ -1,6 +1,7 @@
 // The thread pool that the kernels run on: torch's in the extension, plain threads in a harness.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -10,6 +11,11 @@ namespace cwbr {
 // indices where there are that many; in the calling thread when they fit one grain.
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& body);
+
+// How many indices, at least one, are `work` together where one of them is `each`.
+inline int64_t grain_of(int64_t work, int64_t each) {
+  return std::max<int64_t>(1, work / std::max<int64_t>(1, each));
+}
 
 int num_threads();
 

@@ -72,7 +72,7 @@ class Slices {
       }
       elements += per_column * dims;
     }
-    grain_ = std::max<int64_t>(1, kTaskElements * size() / std::max<int64_t>(1, elements));
+    grain_ = grain_of(kTaskElements * size(), elements);
   }
 
   int64_t size() const { return slices_.size(); }

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "cpu/batch_kernels.h"
 #include "cpu/batch_loops.h"
 #include "cpu/parallel.h"
@@ -15,8 +13,7 @@ template <class In, class T>
 void top_confusions(Matrix<const In> logits, const int64_t* targets, const bool* seen, int64_t top,
                     int64_t* index, T* weight, T* own) {
   const auto& loops = batch_loops<In>();
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, logits.cols));
-  parallel_for(0, logits.rows, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, logits.rows, grain_of(kGrain, logits.cols), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       own[b] = loops.top_confusions(logits.data + b * logits.stride, logits.cols, targets[b], seen,
                                     top, index + b * top, weight + b * top);
