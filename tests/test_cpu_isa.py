@@ -35,7 +35,7 @@ def test_every_test_of_the_kernels_holds_on_instruction_set(isa: str) -> None:
     if f"this processor has no {isa}" in trial.stderr:
         pytest.skip(trial.stderr.splitlines()[-1])
     assert trial.returncode == 0, trial.stderr
-    names = ("test_cpu_*.py", "test_batch_kernels.py", "test_bank_kernels.py")
+    names = ("test_cpu_*.py", "test_batch_kernels.py", "test_bank_*.py")
     files = [str(file) for name in names for file in HERE.glob(name)]
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", "not triton and not cuda")
     result = run_with(isa, "-m", "pytest", *options, *files)
