@@ -101,10 +101,23 @@ def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(s / b for s, b in zip(samples, base, strict=False))
 
 
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _kernel_bytes(path: str, field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path(path).read_text())
     assert match is not None
     return int(match[1]) * 1024
+
+
+def _status_bytes(field: str) -> int:
+    return _kernel_bytes("/proc/self/status", field)
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that can still be had; where the system does not say, all of it."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return _kernel_bytes("/proc/meminfo", "MemAvailable")
 
 
 def _reset_peak() -> None:

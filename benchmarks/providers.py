@@ -17,7 +17,6 @@ from benchmarks.workloads import Inputs, Workload
 from cwbr_fused import backends
 
 PLAIN = "plain"
-MEMORY_LIMIT = 8e9
 KINDS = ("loss", "pairs", "bank", "cwbr")
 # Where pairs are chosen among many.
 CHOOSING = ("loss", "bank")

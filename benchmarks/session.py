@@ -9,12 +9,16 @@ from functools import partial
 import torch
 
 from benchmarks import measure, memory
-from benchmarks.providers import CHOOSING, MEMORY_LIMIT, PLAIN, RUN, Checker, Provider, table
+from benchmarks.providers import CHOOSING, PLAIN, RUN, Checker, Provider, table
 from benchmarks.results import Key, Results, Row, device_name
 from benchmarks.workloads import BY_NAME, Workload, make
 
-# A provider predicted to need longer for one call is left out.
-CALL_LIMIT_SECONDS = 12.0
+# A provider predicted to need longer for one call is left out; where a goal is set the strongest
+# peers may take more.
+CALL_LIMIT_SECONDS, PATIENT_SECONDS = 12.0, 45.0
+# So is one predicted to need more than this share of the memory available at the start, or more
+# bytes than any machine is asked for.
+MEMORY_SHARE, MEMORY_MOST = 0.75, 18e9
 # Spent on the repeated rounds, per provider, mode and workload.
 BUDGET_SECONDS = 0.6
 CHILD_LIMIT_SECONDS = 180.0
@@ -36,6 +40,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.device_name = device_name(self.device)
+        self.memory_limit = min(MEMORY_SHARE * measure.available_bytes(self.device), MEMORY_MOST)
 
     def row(
         self,
@@ -106,13 +111,20 @@ class Session:
     def key(self, workload: str, provider: str, mode: str, metric: str) -> Key:
         return workload, provider, mode, metric, self.device_name, self.threads
 
-    def objection(self, provider: Provider, workload: Workload, mode: str) -> str | None:
-        """Why this run is not even tried."""
+    def objection(
+        self, provider: Provider, workload: Workload, mode: str, limit: float = CALL_LIMIT_SECONDS
+    ) -> str | None:
+        """Why this run, which may take `limit` seconds, is not even tried."""
         predicted = provider.predicted_bytes(workload, mode)
-        if predicted > MEMORY_LIMIT:
+        if predicted > self.memory_limit:
             return f"out of memory by prediction: {predicted / 1e9:.1f} GB"
         slow = self.predicted_seconds(provider, workload, mode)
-        return f"too slow by prediction: {slow:.0f} s" if slow > CALL_LIMIT_SECONDS else None
+        return f"too slow by prediction: {slow:.0f} s" if slow > limit else None
+
+    def may_take(self, provider: Provider, workload: Workload) -> float:
+        """Seconds of a call that is timed: more for what a goal compares with this package."""
+        patient = workload.patient and provider.name in self._few(workload)
+        return PATIENT_SECONDS if patient else CALL_LIMIT_SECONDS
 
     def time(self, workload: Workload, providers: Mapping[str, Provider]) -> list[Row]:
         """Interleaved times, per mode, of those of `providers` that may run and are right."""
@@ -124,7 +136,8 @@ class Session:
             calls: dict[str, Callable[[], object]] = {}
             known: dict[str, float] = {}
             for name, provider in providers.items():
-                note = self.objection(provider, workload, mode)
+                limit = self.may_take(provider, workload)
+                note = self.objection(provider, workload, mode, limit)
                 if note is None:
                     note, taken = checker.judge(provider, mode)
                     if provider.steady:

@@ -34,6 +34,7 @@ class Workload:
         samples: of each class in the batch; 0 draws the classes of a batch uniformly.
         batch: B; 0 for the kinds that start from moments.
         top_m: pairs; pairs per row for "bank", classes per sample for "cwbr"; None for all.
+        patient: a goal is set for it, so that its peers may take longer.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Workload:
     batch: int = 0
     samples: int = 0
     top_m: int | None = None
+    patient: bool = False
 
     @property
     def all_elements(self) -> int:
@@ -241,7 +243,10 @@ REALISTIC = (
 )
 SWEEP_DIMS = (768, 2048, 256)
 SWEEP_GROUPS = (64, 200, 500, 1000, 2000, 5000)
+GOALS = ((200, 2048), (1000, 768), (1000, 2048))
 SWEEP = tuple(
-    Workload(f"pairs K={k} D={d}", "pairs", (d,), k, k) for d in SWEEP_DIMS for k in SWEEP_GROUPS
+    Workload(f"pairs K={k} D={d}", "pairs", (d,), k, k, patient=(k, d) in GOALS)
+    for d in SWEEP_DIMS
+    for k in SWEEP_GROUPS
 )
 BY_NAME = {w.name: w for w in (*REALISTIC, *SWEEP)}

@@ -166,6 +166,34 @@ def test_what_cannot_fit_or_finish_is_a_row_that_says_so(session: Session) -> No
     assert session.memory(large, {PLAIN: plain})[0].note.startswith("out of memory")
 
 
+def test_the_memory_limit_is_a_share_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, session: Session
+) -> None:
+    of_all, large = PROVIDERS[PLAIN], BY_NAME["pairs K=500 D=768"]  # 6.1 GB
+    monkeypatch.setattr(measure, "available_bytes", lambda _: 10e9)
+    assert replace(session).objection(of_all, large, "step") is None
+    monkeypatch.setattr(measure, "available_bytes", lambda _: 8e9)
+    assert "out of memory" in str(replace(session).objection(of_all, large, "step"))
+    monkeypatch.setattr(measure, "available_bytes", lambda _: 1e12)
+    assert replace(session).memory_limit == 18e9
+
+
+def test_what_a_goal_is_set_for_may_take_longer_and_only_its_strongest_peers(
+    session: Session,
+) -> None:
+    goal, compiled = BY_NAME["pairs K=1000 D=2048"], table("cpu")["plain compiled"]
+    checkpoint = PROVIDERS["chunked checkpoint"]
+    assert goal.patient
+    for provider in (compiled, checkpoint):
+        smaller = row(
+            "pairs K=500 D=2048", provider.name, median=8000.0, device=session.device_name
+        )
+        session.results.add([smaller])
+    assert session.may_take(compiled, goal) > 32
+    assert session.may_take(checkpoint, goal) < 32
+    assert session.may_take(compiled, BY_NAME["pairs K=2000 D=2048"]) < 32
+
+
 def test_a_second_run_skips_what_is_done_and_another_commit_starts_again(tmp_path: Path) -> None:
     path, done = tmp_path / "rows.csv", []
 
@@ -341,6 +369,7 @@ def test_figure_and_report_are_made_from_rows_alone(tmp_path: Path) -> None:
     text = tables.report(numbers)
     assert "| pairs K=200 D=768 | 20.0 ms |" in text
     assert "| pairs K=1000 D=768 | out of memory |" in text
+    assert "out of memory: by prediction 25 GB or more" in text
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
