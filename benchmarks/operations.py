@@ -37,6 +37,7 @@ class Operation:
         time_theory, memory_theory: largest exponents of time and of outputs in each size.
         traffic: bytes that must be read or written in (forward, backward); None for kernels
             bound by arithmetic.
+        passes: how often they may be, for all of the bandwidth to count as used.
         pairs: pairs formed; None for kernels bound by memory.
     """
 
@@ -46,15 +47,19 @@ class Operation:
     time_theory: dict[str, int]
     memory_theory: dict[str, int]
     traffic: Callable[[Sizes], tuple[int, int]] | None = None
+    passes: int = 1
     pairs: Callable[[Sizes], int] | None = None
 
 
-def _groups(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of four samples each, shuffled."""
+def _targets(batch: int, device: str) -> Tensor:
+    """Four samples of each class, shuffled."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(batch // 4).repeat_interleave(4)
-    targets = targets[torch.randperm(len(targets), generator=generator)]
-    return reference.group_by_class(targets.to(device), 4)
+    return targets[torch.randperm(len(targets), generator=generator)].to(device)
+
+
+def _groups(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.group_by_class(_targets(batch, device), 4)
 
 
 def _moments(rows: int, dims: int, device: str) -> tuple[Tensor, Tensor]:
@@ -84,6 +89,11 @@ def _confusion_weights(op: Any, sizes: Sizes, device: str) -> dict[str, Call]:
 def _top_pairs(op: Any, sizes: Sizes, device: str) -> dict[str, Call]:
     alpha = torch.rand(sizes["K"], sizes["K"], device=device)
     return {"forward": partial(op.top_pairs, alpha, sizes["M"])}
+
+
+def _plan(op: Any, sizes: Sizes, device: str) -> dict[str, Call]:
+    logits = torch.randn(sizes["B"], sizes["C"], device=device)
+    return {"forward": partial(op.plan, logits, _targets(sizes["B"], device), sizes["M"], 2)}
 
 
 def _pair_distance(op: Any, sizes: Sizes, device: str) -> dict[str, Call]:
@@ -149,6 +159,15 @@ OPERATIONS = {
         {"K": 0, "M": 1},
         traffic=lambda s: (2 * s["K"] ** 2, 0),
     ),
+    "plan": Operation(
+        _plan,
+        {"B": 512, "C": 10_000, "M": 64},
+        {"B": BATCHES, "C": (2500, 5000, 10_000, 20_000)},
+        {"B": 2, "C": 1},
+        {"B": 2, "C": 0},
+        traffic=lambda s: (4 * s["B"] * s["C"], 0),
+        passes=2,
+    ),
     "pair_distance": Operation(
         _pair_distance,
         {"D": 768, "M": 1024},
@@ -211,7 +230,8 @@ def _fractions(session: Session, case: str, backend: str, mode: str, seconds: fl
     assert operation.traffic is not None
     traffic = operation.traffic(sizes)[list(IDEAL_SLOTS).index(mode)]
     bandwidth = machine.bytes_per_second(traffic, session.threads)
-    return [row("fraction_of_bandwidth", [traffic / seconds / bandwidth])]
+    reached = operation.passes * traffic / seconds
+    return [row("fraction_of_bandwidth", [reached / bandwidth])]
 
 
 def measure_case(session: Session, case: str, with_memory: bool) -> list[Row]:
