@@ -99,8 +99,9 @@ bench-quick: $(READY)
 bench-compare: $(READY)
 	$(PY) -m benchmarks.compare --base $(BASE)
 
+# Every benchmarks/results/cpu-*.csv; the README shows the first of them, or SHOWN=cpu-avx512.
 plots: $(READY)
-	$(PY) -m benchmarks.plots
+	$(PY) -m benchmarks.plots $(if $(SHOWN),--shown $(SHOWN))
 
 # Does the method help? Trains every candidate and control, paired, the most telling first, for less
 # than 90 minutes on two cores; another call goes on with the rest.

@@ -1,11 +1,12 @@
-"""`make plots`: the README's figure and table, and a full report, from the CSV alone.
+"""`make plots`: a report and a figure of each CSV, of one the README's table; from the CSVs alone.
 
-python -m benchmarks.plots [--results FILE] [--readme FILE] [--figure FILE]
+python -m benchmarks.plots [FILE ...] [--shown NAME] [--readme FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,17 +115,28 @@ def figure(numbers: Numbers, path: Path) -> None:
     plt.close(drawing)
 
 
-def main() -> None:
+def render(results: Path) -> str:
+    """Write the report and the figure beside `results`; what the README shows of them."""
+    numbers = Numbers(Results(results, "").rows.values())
+    drawn, written = results.with_suffix(".png"), results.with_suffix(".md")
+    figure(numbers, drawn)
+    written.write_text(report(numbers))
+    folder = FOLDER.relative_to(ROOT)
+    return (
+        f"![Time and memory of all pairs of K classes]({folder / drawn.name})\n\n"
+        f"{readme_table(numbers)}\n[All workloads, peers and numbers]({folder / written.name}).\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=FOLDER / "cpu.csv")
+    parser.add_argument("results", nargs="*", type=Path, help="default: every results/cpu-*.csv")
+    parser.add_argument("--shown", help="the one in the README, as cpu-avx2; default: the first")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--figure", type=Path, default=FOLDER / "cpu.png")
-    arguments = parser.parse_args()
-    numbers = Numbers(Results(arguments.results, "").rows.values())
-    figure(numbers, arguments.figure)
-    arguments.results.with_suffix(".md").write_text(report(numbers))
-    text = arguments.readme.read_text()
-    arguments.readme.write_text(insert_table(text, "table", readme_table(numbers)))
+    given = parser.parse_args(arguments)
+    shown = {path.stem: render(path) for path in given.results or sorted(FOLDER.glob("cpu-*.csv"))}
+    table = shown[given.shown or next(iter(shown))]
+    given.readme.write_text(insert_table(given.readme.read_text(), "table", table))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import ROOT
+from cwbr_fused import extension
 
 FOLDER = ROOT / "benchmarks" / "results"
 # What the numbers depend on: committing results or documents makes none of them stale.
@@ -69,6 +70,15 @@ def device_name(device: str) -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def default_path(device: str) -> Path:
+    """The CSV of a kind of machine: of CPUs, the instruction set that the kernels use there."""
+    name = device
+    if device == "cpu":
+        built = extension.missing("cpu") is None
+        name = f"cpu-{torch.ops.cwbr_fused_build.cpu_isa() if built else 'reference'}"
+    return FOLDER / f"{name}.csv"
 
 
 def commit() -> str:

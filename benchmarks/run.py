@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import operations, resnet
-from benchmarks.results import FOLDER, Results, Row, commit
+from benchmarks.results import Results, Row, commit, default_path
 from benchmarks.session import MEASUREMENTS, Session
 from benchmarks.workloads import REALISTIC, SWEEP, Workload
 
@@ -105,14 +105,14 @@ def run(todo: Iterable[Unit], results: Results, limit: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>.csv")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-<isa>.csv")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start nothing new after this"
     )
     parser.add_argument("--only", nargs="+", default=[], help="units whose name contains one")
     arguments = parser.parse_args()
 
-    results = Results(arguments.out or FOLDER / f"{arguments.device}.csv", commit())
+    results = Results(arguments.out or default_path(arguments.device), commit())
     threads = (1, 2) if arguments.device == "cpu" else (torch.get_num_threads(),)
     sessions = [Session(results, arguments.device, n, few=n != threads[0]) for n in threads]
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import compare, machine, measure, operations, peers, plots, resnet, tables
 from benchmarks.providers import PLAIN, Checker, Provider, peer, table
-from benchmarks.results import Results, Row
+from benchmarks.results import Results, Row, default_path
 from benchmarks.run import Unit, run
 from benchmarks.session import Session
 from benchmarks.workloads import BY_NAME, EPS, REALISTIC, make
@@ -370,6 +370,35 @@ def test_figure_and_report_are_made_from_rows_alone(tmp_path: Path) -> None:
     assert "| pairs K=200 D=768 | 20.0 ms |" in text
     assert "| pairs K=1000 D=768 | out of memory |" in text
     assert "out of memory: by prediction 25 GB or more" in text
+
+
+def test_each_kind_of_machine_has_a_report_and_the_readme_shows_the_chosen_one(
+    tmp_path: Path,
+) -> None:
+    for name, milliseconds in (("cpu-a", 10.0), ("cpu-b", 20.0)):
+        own = row("pairs K=1000 D=768", "cwbr cpu", median=milliseconds)
+        Results(tmp_path / f"{name}.csv", "abc").add([own])
+    files = [str(path) for path in sorted(tmp_path.glob("*.csv"))]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table:start -->\n<!-- table:end -->\nafter\n")
+    for arguments, name, shown in (([], "cpu-a", "10.0 ms"), (["--shown", "cpu-b"], "cpu-b", "20")):
+        plots.main([*files, *arguments, "--readme", str(readme)])
+        text = readme.read_text()
+        assert f"(benchmarks/results/{name}.png)" in text
+        assert f"(benchmarks/results/{name}.md)" in text
+        assert shown in text
+        assert "| all pairs of K=1000, D=768 |" in text
+        assert text.endswith("<!-- table:end -->\nafter\n")
+    assert "10.0 ms" in (tmp_path / "cpu-a.md").read_text()
+    assert "20.0 ms" in (tmp_path / "cpu-b.md").read_text()
+    assert (tmp_path / "cpu-b.png").exists()
+
+
+def test_numbers_of_another_instruction_set_are_kept_apart() -> None:
+    assert default_path("cuda").name == "cuda.csv"
+    name = default_path("cpu").stem
+    built = "cwbr cpu" in PROVIDERS
+    assert name in (("cpu-avx512", "cpu-avx2", "cpu-portable") if built else ("cpu-reference",))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
