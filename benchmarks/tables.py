@@ -203,6 +203,18 @@ def _by_step_metric(numbers: Numbers, workloads: Iterable[Workload], metric: str
     return table(["workload", *names], [[name, *row] for name, row in cells.items() if any(row)])
 
 
+def beside_outputs(numbers: Numbers) -> str:
+    """What a step of all pairs needs beside its inputs and its outputs, which are two gradients."""
+    lines = []
+    for workload in SWEEP:
+        extra = numbers.median(workload.name, numbers.own(), "step", "peak_extra_mb")
+        if extra is not None:
+            outputs = 2 * 4 * workload.groups * sum(workload.dims) / 1e6
+            amounts = (extra, outputs, extra - outputs)
+            lines.append([workload.name, *(f"{amount:.1f} MB" for amount in amounts)])
+    return table(["workload", "peak extra", "two gradients", "beside them"], lines)
+
+
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """The least-squares slope of log cost over log size: cost ~ size^exponent."""
     x, y = [math.log(s) for s in sizes], [math.log(c) for c in costs]
@@ -309,7 +321,9 @@ def report(numbers: Numbers) -> str:
         ]
     parts += [
         "## Peak extra memory, forward + backward\n",
-        _by_step_metric(numbers, (*REALISTIC, *SWEEP[:6]), "peak_extra_mb"),
+        _by_step_metric(numbers, (*REALISTIC, *SWEEP), "peak_extra_mb"),
+        f"## Memory of all pairs beside inputs and outputs, {numbers.own()}\n",
+        beside_outputs(numbers),
         "## Dispatcher calls or kernel launches, forward + backward\n",
         _by_step_metric(numbers, REALISTIC, "calls"),
         "## A training step of ResNet-50 (224 x 224, SGD, four layers)\n",

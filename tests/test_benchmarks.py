@@ -370,6 +370,7 @@ def test_figure_and_report_are_made_from_rows_alone(tmp_path: Path) -> None:
     assert "| pairs K=200 D=768 | 20.0 ms |" in text
     assert "| pairs K=1000 D=768 | out of memory |" in text
     assert "out of memory: by prediction 25 GB or more" in text
+    assert "| pairs K=200 D=768 | 20.0 MB | 1.2 MB | 18.8 MB |" in text
 
 
 def test_each_kind_of_machine_has_a_report_and_the_readme_shows_the_chosen_one(
