@@ -199,6 +199,10 @@ def case_name(operation: str, sizes: Sizes) -> str:
     return " ".join([operation, *(f"{key}={value}" for key, value in sizes.items())])
 
 
+def base_cases() -> list[str]:
+    return [case_name(name, operation.base) for name, operation in OPERATIONS.items()]
+
+
 def cases() -> dict[str, tuple[Operation, Sizes]]:
     """Every operation at its base sizes and with each size varied, by case name."""
     found = {}

@@ -80,7 +80,7 @@ def units(sessions: list[Session]) -> Iterator[Unit]:
     for session in sessions:
         if session.device == "cpu":
             yield _machine_unit(session)
-        for case in operations.cases():
+        for case in operations.cases() if session is one else operations.base_cases():
             yield _operation_unit(session, case, session is one)
     for workload in others:
         yield _workload_unit(one, workload, "time_ms")

@@ -91,15 +91,16 @@ class Session:
         return self.results.has(workload, providers, metric, self.device_name, self.threads)
 
     def predicted_seconds(self, provider: Provider, workload: Workload, mode: str) -> float:
-        """From the next smaller workload of the kind in the results: as long per element.
+        """From the next smaller workload alike in the results: as long per element.
 
         0 where there is none.
         """
+        kinds = CHOOSING if workload.kind in CHOOSING else (workload.kind,)
         known = []
         for row in self.results.rows.values():
             mine = self.key(row.workload, provider.name, mode, "time_ms") == row.key
             other = BY_NAME.get(row.workload)
-            if mine and other is not None and other.kind == workload.kind and row.median:
+            if mine and other is not None and other.kind in kinds and row.median:
                 elements = provider.elements(other)
                 if elements < provider.elements(workload):
                     known.append((elements, row.median / 1e3))

@@ -166,6 +166,14 @@ def test_what_cannot_fit_or_finish_is_a_row_that_says_so(session: Session) -> No
     assert session.memory(large, {PLAIN: plain})[0].note.startswith("out of memory")
 
 
+def test_a_bank_is_predicted_by_the_whole_loss_and_all_pairs_are_not(session: Session) -> None:
+    compiled = table("cpu")["plain compiled"]
+    smaller = row("Herbarium Swin-B", compiled.name, median=4000.0, device=session.device_name)
+    session.results.add([smaller])
+    assert session.predicted_seconds(compiled, BY_NAME["bank"], "step") == pytest.approx(15.6, 0.01)
+    assert session.predicted_seconds(compiled, BY_NAME["pairs K=5000 D=768"], "step") == 0
+
+
 def test_the_memory_limit_is_a_share_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch, session: Session
 ) -> None:
