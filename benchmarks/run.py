@@ -64,9 +64,9 @@ def _training_unit(session: Session) -> Unit:
 
 def units(sessions: list[Session]) -> Iterator[Unit]:
     """All of them, the most wanted first. The first session, of one thread, does everything."""
-    figure, others = SWEEP[:6], SWEEP[6:]
+    figure, wide, narrow = SWEEP[:6], SWEEP[6:12], SWEEP[12:]
     one = sessions[0]
-    for workload in (*REALISTIC, *figure):
+    for workload in (*REALISTIC, *figure, *wide):
         yield _workload_unit(one, workload, "time_ms")
     for workload in (*REALISTIC, *figure, BY_NAME["pairs K=1000 D=2048"]):
         yield _workload_unit(one, workload, "peak_extra_mb")
@@ -82,7 +82,7 @@ def units(sessions: list[Session]) -> Iterator[Unit]:
             yield _machine_unit(session)
         for case in operations.cases() if session is one else operations.base_cases():
             yield _operation_unit(session, case, session is one)
-    for workload in others:
+    for workload in narrow:
         yield _workload_unit(one, workload, "time_ms")
 
 

@@ -13,9 +13,9 @@ from benchmarks.providers import CHOOSING, PLAIN, RUN, Checker, Provider, table
 from benchmarks.results import Key, Results, Row, device_name
 from benchmarks.workloads import BY_NAME, Workload, make
 
-# A provider predicted to need longer for one call is left out; where a goal is set the strongest
-# peers may take more.
-CALL_LIMIT_SECONDS, PATIENT_SECONDS = 12.0, 45.0
+# A provider predicted to need longer for one call is left out; the strongest peers of a workload
+# that is `patient` may take more.
+CALL_LIMIT_SECONDS, PATIENT_SECONDS = 8.0, 45.0
 # So is one predicted to need more than this share of the memory available at the start, or more
 # bytes than any machine is asked for.
 MEMORY_SHARE, MEMORY_MOST = 0.75, 18e9
@@ -123,7 +123,7 @@ class Session:
         return f"too slow by prediction: {slow:.0f} s" if slow > limit else None
 
     def may_take(self, provider: Provider, workload: Workload) -> float:
-        """Seconds of a call that is timed: more for what a goal compares with this package."""
+        """Seconds of a call: more for the strongest peers where they are needed."""
         patient = workload.patient and provider.name in self._few(workload)
         return PATIENT_SECONDS if patient else CALL_LIMIT_SECONDS
 
@@ -160,7 +160,10 @@ class Session:
         """Peak extra memory of forward+backward, each provider in a process of its own."""
         rows, base = [], None
         for name, provider in providers.items():
-            note = self.objection(provider, workload, "step") or ""
+            # What compiles does it twice.
+            patience = self.may_take(provider, workload) / (1 + provider.compiled)
+            limit = max(CALL_LIMIT_SECONDS, patience)
+            note = self.objection(provider, workload, "step", limit) or ""
             samples: list[float] = []
             if not note:
                 arguments = (workload.name, name, self.device, self.threads)
