@@ -42,6 +42,7 @@ KERNELS = {
     "tile_kernel WriteDistances": ("all_pair_distance", "forward", 256, 37008, 35088),
     "tile_kernel SumOverlaps": ("weighted_overlap", "forward", 256, 37008, 35088),
     "tile_kernel WriteGradients": ("weighted_overlap", "backward", 256, 37008, 35088),
+    "tile_kernel SumAndWrite": ("weighted_overlap", "both", 256, 37008, 35088),
     "tile_backward_kernel BothSides": ("all_pair_distance", "backward", 64, 50176, 41472),
     "tile_backward_kernel TileGradients": ("weighted_overlap", "backward", 64, 50176, 41472),
     "gather_parts_kernel": ("all_pair_distance", "backward", 256, 0, 0),

@@ -202,10 +202,29 @@ std::tuple<Tensor, Tensor> weighted_overlap_backward_op(const Tensor& grad, cons
     const Moments<T> moments(mean, var);
     const Tensor weights = checked<T, 2>(alpha, "alpha", {moments.rows, moments.rows});
     const auto [grad_mean, grad_var] = moments.empty_gradients();
-    weighted_overlap_backward(scalar<T>(grad, "grad"), scalar<T>(value, "value"), moments.mean(),
-                              moments.var(), const_data<T>(weights), moments.rows, moments.dims,
-                              eps, log, data<T>(grad_mean), data<T>(grad_var));
+    scalar<T>(value, "value");  // of no use here
+    weighted_overlap_with_gradient(scalar<T>(grad, "grad"), moments.mean(), moments.var(),
+                                   const_data<T>(weights), moments.rows, moments.dims, eps, log,
+                                   data<T>(grad_mean), data<T>(grad_var));
     return std::make_tuple(grad_mean, grad_var);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> weighted_overlap_with_gradient_op(const Tensor& grad,
+                                                                     const Tensor& mean,
+                                                                     const Tensor& var,
+                                                                     const Tensor& alpha,
+                                                                     double eps, bool log) {
+  return with_float_type(mean, [&](auto type) {
+    using T = decltype(type);
+    const Moments<T> moments(mean, var);
+    const Tensor weights = checked<T, 2>(alpha, "alpha", {moments.rows, moments.rows});
+    const Tensor value = empty<T, 0>({});
+    const auto [grad_mean, grad_var] = moments.empty_gradients();
+    *data<T>(value) = weighted_overlap_with_gradient(
+        scalar<T>(grad, "grad"), moments.mean(), moments.var(), const_data<T>(weights),
+        moments.rows, moments.dims, eps, log, data<T>(grad_mean), data<T>(grad_var));
+    return std::make_tuple(value, grad_mean, grad_var);
   });
 }
 
@@ -315,6 +334,7 @@ STABLE_TORCH_LIBRARY_IMPL(cwbr_fused, CPU, m) {
   m.impl("all_pair_distance_backward", TORCH_BOX(&cwbr::all_pair_distance_backward_op));
   m.impl("weighted_overlap", TORCH_BOX(&cwbr::weighted_overlap_op));
   m.impl("weighted_overlap_backward", TORCH_BOX(&cwbr::weighted_overlap_backward_op));
+  m.impl("weighted_overlap_with_gradient", TORCH_BOX(&cwbr::weighted_overlap_with_gradient_op));
   m.impl("regularizer", TORCH_BOX(&cwbr::regularizer_op));
   m.impl("regularizer_backward", TORCH_BOX(&cwbr::regularizer_backward_op));
 }

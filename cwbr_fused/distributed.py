@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cwbr_fused import reference
 from cwbr_fused.functional import select_pairs
-from cwbr_fused.ops import OPERATIONS, PairDistance, WeightedOverlap, first_order
+from cwbr_fused.ops import OPERATIONS, PairDistance, first_order, weighted_overlap
 from cwbr_fused.shrinkage import Adjustment, layer_distances
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def regularizer(
         return reference.overlap(distance, weights, eps, log).mean()
     if top_m is None:
         return torch.stack(
-            [WeightedOverlap.apply(m, v, alpha, eps, log, backend) for m, v in moments]
+            [weighted_overlap(m, v, alpha, eps, log, backend) for m, v in moments]
         ).mean()
     pairs, weights = OPERATIONS[backend].top_pairs(alpha, top_m)
     distance = torch.stack([PairDistance.apply(m, v, pairs, eps, backend) for m, v in moments])

@@ -27,7 +27,7 @@ from cwbr_fused.ops import (
     AllPairDistance,
     ClassMoments,
     PairDistance,
-    WeightedOverlap,
+    weighted_overlap,
 )
 from cwbr_fused.shrinkage import (
     Noise,
@@ -278,8 +278,7 @@ def bhat_confusion_loss(
         adjusted = adjusted_distance(chosen, mean, variance, eps, temperature, noise_floor)
         return reference.overlap(overlap_distance(adjusted), chosen.weights, eps, log)
     if top_m is None or top_m >= groups * (groups - 1) // 2:
-        value: Tensor = WeightedOverlap.apply(mean, variance, alpha, eps, log, name)
-        return value
+        return weighted_overlap(mean, variance, alpha, eps, log, name)
     pairs, weights = OPERATIONS[name].top_pairs(alpha, top_m)
     distance = PairDistance.apply(mean, variance, pairs, eps, name)
     return reference.overlap(distance, weights, eps, log)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cwbr_fused import backends, soft_targets, validation
 from cwbr_fused.functional import select_pairs
-from cwbr_fused.ops import OPERATIONS, ClassMoments, Regularizer, WeightedOverlap
+from cwbr_fused.ops import OPERATIONS, ClassMoments, Regularizer, weighted_overlap
 from cwbr_fused.reference import accumulation_dtype, overlap
 from cwbr_fused.shrinkage import Adjustment, Shrinkage, Temperature, layer_distances
 
@@ -134,7 +134,7 @@ def loss(
         values = []
         for z in vectors:
             mean, var = ClassMoments.apply(z, order, offsets, eps, name)
-            values.append(WeightedOverlap.apply(mean, var, alpha, eps, log, name))
+            values.append(weighted_overlap(mean, var, alpha, eps, log, name))
         return torch.stack(values).mean()
 
     order, offsets, _, pairs, weights = operations.plan(logits.detach(), targets, top_m, min_count)

@@ -121,8 +121,50 @@ class AllPairDistance(torch.autograd.Function):
         return *operation(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
+# Gradients of an overlap are taken with its value where they are no larger than this: a step then
+# needs no more than 16 MB beside its inputs and outputs.
+KEPT_BYTES = 1 << 24
+# They are kept times this: the overlaps of far pairs are smaller than what float32 resolves.
+KEPT_UNIT = 2.0**32
+
+
+def weighted_overlap(
+    mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool, backend: str
+) -> Tensor:
+    """The differentiable operation: the distances of all pairs are measured once, if that fits."""
+    wanted = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
+    if wanted and 2 * mean.numel() * mean.element_size() <= KEPT_BYTES:
+        kept: Tensor = OverlapWithGradient.apply(mean, var, alpha, eps, log, backend)
+        return kept
+    value: Tensor = WeightedOverlap.apply(mean, var, alpha, eps, log, backend)
+    return value
+
+
+class OverlapWithGradient(torch.autograd.Function):
+    """(mean, var, alpha, eps, log, backend) -> scalar; gradients to mean and var, kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool, backend: str
+    ) -> Tensor:
+        ctx.unit = 1.0 if log else KEPT_UNIT
+        value: Tensor
+        value, grad_mean, grad_var = OPERATIONS[backend].weighted_overlap_with_gradient(
+            mean.new_full((), ctx.unit), mean, var, alpha, eps, log
+        )
+        ctx.save_for_backward(mean, var, grad_mean, grad_var)
+        return value
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, grad_mean, grad_var = ctx.saved_tensors
+        factor = grad / ctx.unit
+        return factor * grad_mean, factor * grad_var, None, None, None, None
+
+
 class WeightedOverlap(torch.autograd.Function):
-    """(mean, var, alpha, eps, log, backend) -> scalar; gradients to mean and var."""
+    """(mean, var, alpha, eps, log, backend) -> scalar; gradients to mean and var, in backward."""
 
     @staticmethod
     def forward(

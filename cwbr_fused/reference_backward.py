@@ -17,6 +17,7 @@ from cwbr_fused.reference import (
     row_blocks,
     sample_groups,
     upper_pairs,
+    weighted_overlap,
 )
 
 
@@ -113,6 +114,14 @@ def weighted_overlap_backward(
     grad_distance = torch.zeros_like(distance)
     grad_distance[i, j] = overlap_backward(grad, distance[i, j], alpha[i, j], eps, log)
     return all_pair_distance_backward(grad_distance, mean, var, eps)
+
+
+def weighted_overlap_with_gradient(
+    grad: Tensor, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_overlap` and its gradients for a scalar grad: a kernel measures distances once."""
+    value = weighted_overlap(mean, var, alpha, eps, log)
+    return value, *weighted_overlap_backward(grad, value, mean, var, alpha, eps, log)
 
 
 def regularizer_backward(

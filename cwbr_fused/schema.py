@@ -58,6 +58,10 @@ SCHEMAS = {
         "(Tensor grad, Tensor value, Tensor mean, Tensor var, Tensor alpha, float eps, bool log)"
         " -> (Tensor, Tensor)"
     ),
+    "weighted_overlap_with_gradient": (
+        "(Tensor grad, Tensor mean, Tensor var, Tensor alpha, float eps, bool log)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
     "regularizer": (
         "(Tensor[] features, Tensor order, Tensor offsets, Tensor pairs, Tensor weights,"
         " float eps, bool log) -> (Tensor, Tensor[], Tensor[], Tensor)"
@@ -152,6 +156,12 @@ def _fake_weighted_overlap(
     return mean.new_empty(())
 
 
+def _fake_weighted_overlap_with_gradient(
+    grad: Tensor, mean: Tensor, *others: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return mean.new_empty(()), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+
+
 def _fake_regularizer(
     features: list[Tensor],
     order: Tensor,
@@ -211,6 +221,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "all_pair_distance_backward": _fake_moment_gradients,
     "weighted_overlap": _fake_weighted_overlap,
     "weighted_overlap_backward": _fake_moment_gradients,
+    "weighted_overlap_with_gradient": _fake_weighted_overlap_with_gradient,
     "regularizer": _fake_regularizer,
     "regularizer_backward": _fake_regularizer_backward,
     "top_confusions": _fake_top_confusions,

@@ -16,7 +16,7 @@ pytestmark = CPU_KERNELS
 
 
 def every_result(mean: Tensor, var: Tensor) -> list[Tensor]:
-    """All six operations on these moments, with fixed other inputs."""
+    """All operations on these moments, with fixed other inputs."""
     k = mean.shape[0]
     pairs = pairs_of(k)
     alpha, grad = rand(k, k, seed=3).to(mean), randn(k, k, seed=4).to(mean)
@@ -27,6 +27,7 @@ def every_result(mean: Tensor, var: Tensor) -> list[Tensor]:
         value = CPP.weighted_overlap(mean, var, alpha, EPS, log)
         one = torch.ones((), dtype=mean.dtype)
         results += [value, *CPP.weighted_overlap_backward(one, value, mean, var, alpha, EPS, log)]
+        results += CPP.weighted_overlap_with_gradient(one, mean, var, alpha, EPS, log)
     return results
 
 

@@ -75,6 +75,39 @@ def test_the_smaller_a_distance_the_smaller_its_error(d: int) -> None:
         assert torch.all((distance.double() - truth).abs() <= bound)
 
 
+def published_distance(mean: Tensor, var: Tensor, pairs: Tensor) -> Tensor:
+    """The formula as it is published, one logarithm for each of three variances."""
+    i, j = pairs.unbind(1)
+    u = var + EPS
+    s = (u[i] + u[j]) / 2
+    terms = (mean[i] - mean[j]) ** 2 / (8 * s) + s.log() / 2 - u[i].log() / 4 - u[j].log() / 4
+    return terms.sum(1)
+
+
+@pytest.mark.parametrize("distance", [0.01, 0.1, 1, 3, 10, 100])
+@pytest.mark.parametrize("d", [200, 768, 2048, 5000])
+def test_moderate_distances_are_no_worse_than_the_published_formula_in_float32(
+    d: int, distance: float
+) -> None:
+    """On average over the pairs. The reference, one log1p per dimension, is more exact than both."""
+    k, size = 24, (2 * distance / d) ** 0.5
+    common = torch.exp(2 * randn(1, d, seed=1))
+    mean = size * common.sqrt() * randn(k, d, seed=2)
+    var = common * torch.exp(size * 2**0.5 * randn(k, d, seed=3))
+    pairs = torch.combinations(torch.arange(k))
+    truth = reference.pair_distance(*double(mean, var), pairs, EPS)
+    assert distance / 2 < truth.median() < 2 * distance
+    published, listed, all_pairs = (
+        float((x.double() - truth).square().mean().sqrt())
+        for x in (
+            published_distance(mean, var, pairs),
+            CPP.pair_distance(mean, var, pairs, EPS),
+            CPP.all_pair_distance(mean, var, EPS)[tuple(pairs.T)],
+        )
+    )
+    assert max(listed, all_pairs) <= published
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_as_exact_as_eager(kind: str) -> None:
     for k, d in shapes(kind):
@@ -192,6 +225,6 @@ def test_gradcheck_passes_on_the_kernels(k: int) -> None:
     assert apply(lambda m, v: ops.AllPairDistance.apply(m, v, EPS, "cpu"), (mean, var))
     for log in (False, True):
         assert apply(
-            lambda m, v: ops.WeightedOverlap.apply(m, v, alpha, EPS, log, "cpu"),  # noqa: B023
+            lambda m, v: ops.weighted_overlap(m, v, alpha, EPS, log, "cpu"),  # noqa: B023
             (mean, var),
         )

@@ -86,6 +86,7 @@ def test_results_do_not_depend_on_the_order_of_threads_or_blocks() -> None:
         return [
             value,
             *gpu.weighted_overlap_backward(value, value, mean, var, alpha, EPS, True),
+            *gpu.weighted_overlap_with_gradient(value, mean, var, alpha, EPS, False),
             *gpu.pair_distance_backward(grad, mean, var, some_pairs(70), EPS),
             *gpu.plan(features[0], y, 20, 2),
             regularizer,

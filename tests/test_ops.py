@@ -53,6 +53,7 @@ def operation_arguments(
         "all_pair_distance_backward": (alpha, mean, var, EPS),
         "weighted_overlap": (mean, var, alpha, EPS, False),
         "weighted_overlap_backward": (overlap, overlap, mean, var, alpha, EPS, True),
+        "weighted_overlap_with_gradient": (overlap, mean, var, alpha, EPS, False),
         "regularizer": (features, *planned, EPS, False),
         "regularizer_backward": (value, features, *saved, *planned, EPS, True),
         "top_confusions": (logits, targets, torch.arange(9) != 4, 3),
@@ -116,9 +117,7 @@ def functions(backend: str) -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
     }
     for log in (False, True):
         cases[f"weighted_overlap log={log}"] = (
-            lambda mean, var, log=log: ops.WeightedOverlap.apply(
-                mean, var, alpha, EPS, log, backend
-            ),
+            lambda mean, var, log=log: ops.weighted_overlap(mean, var, alpha, EPS, log, backend),
             (mean, var),
         )
         cases[f"regularizer log={log}"] = (

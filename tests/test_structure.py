@@ -28,7 +28,9 @@ LAYERS = (
     {"reference"},
     {"extension", "features", "shrinkage", "soft_targets"},
 )
-FORWARD = sorted(name for name in schema.SCHEMAS if not name.endswith("_backward"))
+# What the file of an operation may hold beside it.
+COMPANIONS = ("_backward", "_with_gradient")
+FORWARD = sorted(name for name in schema.SCHEMAS if not name.endswith(COMPANIONS))
 
 
 def modules() -> dict[str, list[Path]]:
@@ -87,8 +89,8 @@ def test_an_operation_has_one_file_of_its_name_in_each_room(name: str) -> None:
     assert (CHECKOUT / "csrc" / "cpu" / f"{name}.cpp").exists()
     for suffix in ("cu", "cuh"):
         assert (CHECKOUT / "csrc" / "cuda" / f"{name}.{suffix}").exists()
-    backward = f"{name}_backward"
-    for operation in {name, backward} & schema.SCHEMAS.keys():
+    companions = {name + companion for companion in COMPANIONS}
+    for operation in ({name} | companions) & schema.SCHEMAS.keys():
         assert callable(schema.pure_pytorch(operation))
 
 

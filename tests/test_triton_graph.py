@@ -80,8 +80,9 @@ def step(logits: Tensor, targets: Tensor, *features: Tensor) -> tuple[Tensor, ..
 def all_pairs(mean: Tensor, var: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     value = TRITON.weighted_overlap(mean, var, alpha, EPS, False)
     gradients = TRITON.weighted_overlap_backward(value, value, mean, var, alpha, EPS, False)
+    both = TRITON.weighted_overlap_with_gradient(value, mean, var, alpha, EPS, True)
     distance = TRITON.all_pair_distance(mean, var, EPS)
-    return value, *gradients, distance
+    return value, *gradients, *both, distance
 
 
 def test_the_mode_notices_a_sync() -> None:
@@ -128,7 +129,7 @@ def test_a_step_is_four_launches_to_plan_and_two_each_way_for_all_layers(n_layer
         assert len(names) == 8
 
 
-def test_gradients_of_all_pairs_are_three_launches_and_two_more_for_their_overlap() -> None:
+def test_launches_of_the_gradients_of_all_pairs_and_of_their_overlap() -> None:
     moments, alpha = torch.rand(2, 40, 70, device=DEVICE), randn(40, 40).abs()
     value = torch.ones((), device=DEVICE)
     with counted_launches(run=True) as names:
@@ -136,6 +137,8 @@ def test_gradients_of_all_pairs_are_three_launches_and_two_more_for_their_overla
         assert len(names) == 3
         TRITON.weighted_overlap_backward(value, value, *moments, alpha, EPS, False)
         assert len(names) == 3 + 6
+        TRITON.weighted_overlap_with_gradient(value, *moments, alpha, EPS, False)
+        assert len(names) == 3 + 6 + 7
 
 
 SIZES = [(64, 2048), (200, 2048), (500, 768), (1000, 256), (1000, 768), (1000, 2048), (3000, 8192)]

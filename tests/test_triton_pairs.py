@@ -332,6 +332,7 @@ def test_strided_moments_and_gradients_give_what_their_copies_give() -> None:
         "all_pair_distance": (mean, var, EPS),
         "all_pair_distance_backward": (randn(9, 1).expand(9, 9), mean, var, EPS),
         "weighted_overlap": (mean, var, alpha.T, EPS, True),
+        "weighted_overlap_with_gradient": (randn(2)[1], mean, var, alpha.T, EPS, True),
     }
     for name, arguments in calls.items():
         copies = (a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
@@ -343,10 +344,8 @@ FUNCTIONS: dict[str, Any] = {
     "class_moments": lambda x: ops.ClassMoments.apply(x["z"], *x["groups"], 0.01, "triton"),
     "pair_distance": lambda x: ops.PairDistance.apply(*x["moments"], x["pairs"], EPS, "triton"),
     "all_pair_distance": lambda x: ops.AllPairDistance.apply(*x["moments"], EPS, "triton"),
-    "overlap": lambda x: ops.WeightedOverlap.apply(*x["moments"], x["alpha"], EPS, False, "triton"),
-    "log_overlap": lambda x: ops.WeightedOverlap.apply(
-        *x["moments"], x["alpha"], EPS, True, "triton"
-    ),
+    "overlap": lambda x: ops.weighted_overlap(*x["moments"], x["alpha"], EPS, False, "triton"),
+    "log_overlap": lambda x: ops.weighted_overlap(*x["moments"], x["alpha"], EPS, True, "triton"),
     "regularizer": lambda x: ops.Regularizer.apply(
         *x["plan"], 0.01, True, "triton", x["z"], x["z"][:, :1] * 2
     ),

@@ -16,7 +16,11 @@ from .plan import plan
 from .regularizer import regularizer, regularizer_backward
 from .top_confusions import top_confusions
 from .top_pairs import top_pairs
-from .weighted_overlap import weighted_overlap, weighted_overlap_backward
+from .weighted_overlap import (
+    weighted_overlap,
+    weighted_overlap_backward,
+    weighted_overlap_with_gradient,
+)
 
 __all__ = [
     "all_pair_distance",
@@ -37,4 +41,5 @@ __all__ = [
     "top_pairs",
     "weighted_overlap",
     "weighted_overlap_backward",
+    "weighted_overlap_with_gradient",
 ]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_reciprocal, launch, log1p_of_scaled, scratch
+from .common import approximate, fast_reciprocal, launch, log1p_of_scaled, quarter, scratch
 
 LIST_BLOCK = 1024
 
@@ -31,8 +31,8 @@ def distance_of_rows(
     for first in range(0, dims, BLOCK):
         d = first + tl.arange(0, BLOCK)
         inside = d < dims
-        q_i = tl.load(var + i * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
-        q_j = tl.load(var + j * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+        q_i = quarter(tl.load(var + i * dims + d, mask=inside, other=1), EPS)
+        q_j = quarter(tl.load(var + j * dims + d, mask=inside, other=1), EPS)
         delta = tl.load(mean + i * dims + d, mask=inside, other=0) - tl.load(
             mean + j * dims + d, mask=inside, other=0
         )
@@ -105,7 +105,7 @@ def row_gradient(
     """
     inside = d < dims
     mean_i = tl.load(mean + row * dims + d, mask=inside, other=0)
-    q_i = tl.load(var + row * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+    q_i = quarter(tl.load(var + row * dims + d, mask=inside, other=1), EPS)
     inverse_i = 4 * fast_reciprocal(q_i, APPROXIMATE)
     by_mean = tl.zeros(d.shape, mean_i.dtype)
     by_var = tl.zeros(d.shape, mean_i.dtype)
@@ -113,7 +113,7 @@ def row_gradient(
         entry = tl.load(entries + slot)
         partner = tl.load(pairs + (entry ^ 1))
         weight = tl.load(weights + entry // 2)
-        q_j = tl.load(var + partner * dims + d, mask=inside, other=1) * 0.25 + EPS * 0.25
+        q_j = quarter(tl.load(var + partner * dims + d, mask=inside, other=1), EPS)
         inverse = fast_reciprocal(q_i + q_j, APPROXIMATE)
         t4 = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
         by_mean += weight * t4

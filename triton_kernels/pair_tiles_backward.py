@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_reciprocal, launch, scratch
+from .common import approximate, fast_reciprocal, launch, quarter, scratch
 
 # Gradients of pairs are padded with zeros to whole blocks of rows.
 PITCH = 16
@@ -64,7 +64,7 @@ def _visit_block(
     for row in range(ROWS):
         weight = tl.load(weight_at)[:, :, None]
         mean_j = tl.load(mean_at)
-        q_j = tl.load(var_at) * 0.25 + EPS * 0.25
+        q_j = quarter(tl.load(var_at), EPS)
         mean_sum_j, log_sum_j = tl.load(mean_sum), tl.load(log_sum)
         r4 = fast_reciprocal(q_i + q_j[None], APPROXIMATE)
         t4 = r4 * (mean_i - mean_j[None])
@@ -130,7 +130,7 @@ def _pairs_backward_kernel(
         i = block[None, :] * ROWS + in_block
         at = tl.minimum(i, groups - 1).to(tl.int64)[:, :, None] * dims + read_d
         mean_i = tl.load(mean + at)
-        q_i = tl.load(var + at) * 0.25 + EPS * 0.25
+        q_i = quarter(tl.load(var + at), EPS)
         by_mean, by_excess, by_square = zeros, zeros, zeros
         for turn in range(tl.program_id(1), blocks // 2 + 1, tl.num_programs(1)):
             # Where blocks meet twice the sums of j are left to the other visit.

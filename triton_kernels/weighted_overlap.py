@@ -1,6 +1,7 @@
 """Weighted mean overlap of all pairs: no matrix of distances is kept, only the tiles' parts.
 
-Backward recomputes the distances, turns them into dL/dD (K, K) and sums that over all pairs.
+Backward recomputes the distances, turns them into dL/dD (K, K) and sums that over all pairs; where
+value and gradient are wanted together the distances are computed once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .common import last_to_arrive, launch, scratch
 from .pair_tiles import (
+    Partial,
     launch_partial,
     store_symmetric,
     tile_distance,
@@ -144,12 +146,7 @@ def _pair_gradient_kernel(
     store_symmetric(grad_distance, pitch, -tl.load(grad) * share, ROWS, COLUMNS)
 
 
-def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
-    """Overlap, or its logarithm, of all pairs i < j of (K, D) weighted by alpha (K, K)."""
-    groups = mean.shape[0]
-    if groups < 2:
-        return mean.new_zeros(())
-    partial = launch_partial(mean, var, eps)
+def _launch_value(partial: Partial, mean: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
     value = scratch(mean)
     launch(
         _overlap_kernel,
@@ -157,8 +154,8 @@ def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: 
         partial.values,
         partial.n_tiles,
         partial.parts,
-        groups,
-        alpha.contiguous(),
+        mean.shape[0],
+        alpha,
         scratch(mean, partial.n_tiles, 3),
         partial.counter,
         value,
@@ -170,15 +167,17 @@ def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: 
     return value
 
 
-def weighted_overlap_backward(
-    grad: Tensor, value: Tensor, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool
+def _launch_gradients(
+    partial: Partial,
+    grad: Tensor,
+    value: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    alpha: Tensor,
+    eps: float,
+    log: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (K, D) with respect to mean and var, for a scalar grad."""
     groups = mean.shape[0]
-    if groups < 2:
-        return torch.zeros_like(mean), torch.zeros_like(var)
-    alpha = alpha.contiguous()
-    partial = launch_partial(mean, var, eps)
     totals, grad_distance = scratch(mean, groups), pair_gradients(mean)
     launch(_row_totals_kernel, (groups,), alpha, groups, totals, BLOCK=BLOCK)
     launch(
@@ -200,3 +199,31 @@ def weighted_overlap_backward(
         **partial.options,
     )
     return launch_pairs_backward(grad_distance, mean, var, eps)
+
+
+def weighted_overlap(mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool) -> Tensor:
+    """Overlap, or its logarithm, of all pairs i < j of (K, D) weighted by alpha (K, K)."""
+    if mean.shape[0] < 2:
+        return mean.new_zeros(())
+    return _launch_value(launch_partial(mean, var, eps), mean, alpha.contiguous(), eps, log)
+
+
+def weighted_overlap_backward(
+    grad: Tensor, value: Tensor, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients (K, D) with respect to mean and var, for a scalar grad."""
+    if mean.shape[0] < 2:
+        return torch.zeros_like(mean), torch.zeros_like(var)
+    partial = launch_partial(mean, var, eps)
+    return _launch_gradients(partial, grad, value, mean, var, alpha.contiguous(), eps, log)
+
+
+def weighted_overlap_with_gradient(
+    grad: Tensor, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both of the above from the same distances."""
+    if mean.shape[0] < 2:
+        return mean.new_zeros(()), torch.zeros_like(mean), torch.zeros_like(var)
+    alpha, partial = alpha.contiguous(), launch_partial(mean, var, eps)
+    value = _launch_value(partial, mean, alpha, eps, log)
+    return value, *_launch_gradients(partial, grad, value, mean, var, alpha, eps, log)

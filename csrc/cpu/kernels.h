@@ -33,11 +33,10 @@ template <class T>
 T weighted_overlap(const T* mean, const T* var, const T* alpha, int64_t k, int64_t d, double eps,
                    bool log);
 
-// Gradients (K, D) for a scalar grad, `value` being the forward result; every element is written.
+// The same value, and its gradients (K, D) times `grad`; every element is written.
 template <class T>
-void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, const T* alpha,
-                               int64_t k, int64_t d, double eps, bool log, T* grad_mean,
-                               T* grad_var);
+T weighted_overlap_with_gradient(T grad, const T* mean, const T* var, const T* alpha, int64_t k,
+                                 int64_t d, double eps, bool log, T* grad_mean, T* grad_var);
 
 // The instruction set in use, "avx512", "avx2" or "portable": the best this processor has, or the
 // one named by the environment variable CWBR_CPU_ISA. Throws std::invalid_argument where that names

@@ -56,11 +56,17 @@ class BlockGradient {
     for (int64_t i = tile.i; i < tile.i + tile.count_i; ++i)
       for (int64_t j = tile.j; j < tile.j + tile.count_j; ++j) {
         const T g = i < j ? grad(i, j) : T(0);
+        at(i, j) = g;
         const int64_t local_i = i - block_.rows.first_i, local_j = j - block_.rows.first_j;
-        const int64_t part = local_i / kGradientRows, lane = local_i % kGradientRows;
-        grad_[(part * block_.rows.count_j + local_j) * kGradientRows + lane] = g;
-        if (g != 0) nonzero_[part * tiles_j() + local_j / kTile] = 1;
+        if (g != 0) nonzero_[local_i / kGradientRows * tiles_j() + local_j / kTile] = 1;
       }
+  }
+
+  // What was last written for a pair.
+  T& at(int64_t i, int64_t j) const {
+    const int64_t local_i = i - block_.rows.first_i, local_j = j - block_.rows.first_j;
+    const int64_t part = local_i / kGradientRows, lane = local_i % kGradientRows;
+    return grad_[(part * block_.rows.count_j + local_j) * kGradientRows + lane];
   }
 
   const GradientBlock<T>& block() const { return block_; }

@@ -15,6 +15,7 @@ namespace cwbr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kTileGrain = 32;  // tiles of logarithmic shares that are worth a thread
 
 // exp(-D) is 0 in T where D exceeds this: a pair known to be that far apart needs no exact
 // distance. The environment variable CWBR_EARLY_EXIT=0 computes all distances to the end.
@@ -47,8 +48,6 @@ double total_weight(const T* alpha, int64_t k) {
   return sum(by_row.data(), by_row.data() + k);
 }
 
-// The shares of all pairs in a logarithm's gradient sum to 1, but for the rounding of the
-// logarithm, which moves each by the same factor.
 template <class T>
 void scale_all(double factor, int64_t size, T* grad_mean, T* grad_var) {
   parallel_for(0, size, 1 << 16, [&](int64_t first, int64_t last) {
@@ -63,6 +62,8 @@ void scale_all(double factor, int64_t size, T* grad_mean, T* grad_var) {
 struct LogSum {
   double sum = 0, highest = -kInfinity;
 
+  double top() const { return highest == -kInfinity ? 0 : highest; }
+
   void add(const LogSum& other) {
     if (highest == other.highest) {
       sum += other.sum;
@@ -74,32 +75,164 @@ struct LogSum {
   }
 };
 
-// Calls use(weight, distance) for the pairs of a tile.
+// Calls use(weight, p) for the pairs of a tile, whose distances are tile.distance[p].
 template <class T, class Use>
 void for_pairs(const Tile<T>& tile, const T* alpha, int64_t k, const Use& use) {
   const auto& [i, j, count_i, count_j] = tile.rows;
   for (int64_t r = 0; r < count_i; ++r)
     for (int64_t c = i == j ? r + 1 : 0; c < count_j; ++c)
-      use(alpha[(i + r) * k + j + c], tile.distance[r * kTile + c]);
+      use(alpha[(i + r) * k + j + c], r * kTile + c);
+}
+
+// Leaves exp(-D) of each pair in `overlap`.
+template <class T>
+LogSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, T* overlap) {
+  LogSum result = {0, 0};
+  for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
+    overlap[p] = std::exp(-tile.distance[p]);
+    result.sum += weight * overlap[p];
+  });
+  return result;
 }
 
 template <class T>
-LogSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, bool log) {
+LogSum tile_log_overlap(const Tile<T>& tile, const T* alpha, int64_t k) {
   LogSum result;
-  if (!log) {
-    result.highest = 0;
-    for_pairs(tile, alpha, k,
-              [&](T weight, T distance) { result.sum += weight * std::exp(-distance); });
-    return result;
-  }
-  for_pairs(tile, alpha, k, [&](T weight, T distance) {
-    if (weight != 0) result.highest = std::max(result.highest, -double(distance));
+  for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
+    if (weight != 0) result.highest = std::max(result.highest, -double(tile.distance[p]));
   });
-  const double top = result.highest == -kInfinity ? 0 : result.highest;
-  for_pairs(tile, alpha, k, [&](T weight, T distance) {
-    if (weight != 0) result.sum += weight * std::exp(-double(distance) - top);
+  const double top = result.top();
+  for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
+    if (weight != 0) result.sum += weight * std::exp(-double(tile.distance[p]) - top);
   });
   return result;
+}
+
+template <class T>
+T overlap_value(const LogSum& overlap, double total, double eps, bool log) {
+  if (!log) return T(overlap.sum / std::max(total, eps));
+  return T(std::log(overlap.sum / total) + (overlap.sum == 0 ? 0 : overlap.highest));
+}
+
+// The gradient of the overlap from that of each pair's distance, block by block.
+//
+// Plainly, dL/dD = -grad w exp(-D) / total is known with the distance. For the logarithm
+// dL/dD = -grad w exp(-D) / sum(w exp(-D)), and no distance but those of earlier blocks is known:
+// gradients are taken of sum(w exp(-D - top)), of the nearest pair so far, brought to the new top
+// when a block has a nearer one, and divided by the whole sum at the end.
+template <class T>
+class OverlapGradient {
+ public:
+  OverlapGradient(double grad, PairBlocks<T>& blocks, const T* alpha, int64_t k, int64_t d,
+                  double total, double eps, bool log, T* grad_mean, T* grad_var)
+      : blocks_(blocks),
+        gradient_(blocks.max_rows()),
+        alpha_(alpha),
+        k_(k),
+        d_(d),
+        total_(total),
+        grad_(grad),
+        unit_(log ? 1 : small_unit(grad)),
+        scale_(-grad / std::max(total, eps) / unit_),
+        log_(log),
+        grad_mean_(grad_mean),
+        grad_var_(grad_var) {}
+
+  void begin(int64_t a, int64_t b) { gradient_.reset(blocks_.block(a, b), T(unit_)); }
+
+  LogSum add(const Tile<T>& tile) {
+    const auto& [first_i, first_j, count_i, count_j] = tile.rows;
+    if (log_) {
+      for (int64_t r = 0; r < count_i; ++r)
+        for (int64_t c = 0; c < count_j; ++c)
+          gradient_.at(first_i + r, first_j + c) = tile.distance[r * kTile + c];
+      return tile_log_overlap(tile, alpha_, k_);
+    }
+    T overlap[kTile * kTile];
+    const LogSum sum = tile_overlap(tile, alpha_, k_, overlap);
+    gradient_.write_tile(tile.rows, [&](int64_t i, int64_t j) {
+      return T(scale_ * alpha_[i * k_ + j] * overlap[(i - tile.rows.i) * kTile + j - tile.rows.j]);
+    });
+    return sum;
+  }
+
+  // `before` and `now` are the sums over all blocks without and with this one.
+  void end(int64_t a, int64_t b, const LogSum& before, const LogSum& now) {
+    if (log_) {
+      if (now.highest > before.highest)
+        scale_all(std::exp(before.highest - now.highest), written(a, b), grad_mean_, grad_var_);
+      share_out(blocks_.tiles(a, b), now.top());
+    }
+    blocks_.gradients(gradient_, grad_mean_, grad_var_);
+  }
+
+  void finish(const LogSum& overlap) {
+    if (log_) scale_all(grad_ * total_ / overlap.sum, k_ * d_, grad_mean_, grad_var_);
+  }
+
+ private:
+  // Overlaps of far pairs are counted in small units, so that their products do not underflow.
+  static double small_unit(double grad) {
+    constexpr int least = -100, most = 100;  // what float32 has room for
+    const int exponent = grad == 0 || !std::isfinite(grad) ? 0 : std::ilogb(grad);
+    return std::ldexp(1, std::clamp(exponent - 64, least, most));
+  }
+
+  // How many numbers of a gradient have been written before this block: blocks of the same rows
+  // come first, one after the other.
+  int64_t written(int64_t a, int64_t b) const { return a == b ? blocks_.first(a) * d_ : k_ * d_; }
+
+  // Turns the distances that a block holds into -w exp(-D - top) / total.
+  void share_out(const std::vector<TileRows>& tiles, double top) {
+    parallel_for(0, tiles.size(), kTileGrain, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        gradient_.write_tile(tiles[t], [&](int64_t i, int64_t j) {
+          const T weight = alpha_[i * k_ + j];
+          if (weight == 0) return T(0);
+          return T(-weight / total_ * std::exp(-double(gradient_.at(i, j)) - top));
+        });
+    });
+  }
+
+  PairBlocks<T>& blocks_;
+  BlockGradient<T> gradient_;
+  const T* alpha_;
+  int64_t k_, d_;
+  double total_, grad_, unit_, scale_;
+  bool log_;
+  T *grad_mean_, *grad_var_;
+};
+
+// What is asked of a block's tiles where no gradient is wanted.
+template <class T>
+struct OverlapAlone {
+  const T* alpha;
+  int64_t k;
+  bool log;
+
+  void begin(int64_t, int64_t) const {}
+  LogSum add(const Tile<T>& tile) const {
+    T ignored[kTile * kTile];
+    return log ? tile_log_overlap(tile, alpha, k) : tile_overlap(tile, alpha, k, ignored);
+  }
+  void end(int64_t, int64_t, const LogSum&, const LogSum&) const {}
+};
+
+// Sums of all tiles, in an order that does not depend on the threads.
+template <class T, class Blocks>
+LogSum sum_blocks(PairBlocks<T>& blocks, bool log, Blocks&& each) {
+  LogSum overlap;
+  std::vector<LogSum> by_tile;
+  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
+    by_tile.assign(blocks.tiles(a, b).size(), LogSum());
+    each.begin(a, b);
+    blocks.distances(a, b, far_apart<T>(log),
+                     [&](const Tile<T>& tile) { by_tile[tile.index] = each.add(tile); });
+    const LogSum before = overlap;
+    for (const LogSum& sum : by_tile) overlap.add(sum);
+    each.end(a, b, before, overlap);
+  });
+  return overlap;
 }
 
 }  // namespace
@@ -110,62 +243,30 @@ T weighted_overlap(const T* mean, const T* var, const T* alpha, int64_t k, int64
   const double total = total_weight(alpha, k);
   if (log && total == 0) return 0;
   PairBlocks<T> blocks(mean, var, k, d, eps);
-  const T limit = far_apart<T>(log);
-  LogSum overlap;
-  std::vector<LogSum> by_tile;
-  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
-    by_tile.assign(blocks.tiles(a, b).size(), LogSum());
-    blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
-      by_tile[tile.index] = tile_overlap(tile, alpha, k, log);
-    });
-    for (const LogSum& sum : by_tile) overlap.add(sum);
-  });
-  if (!log) return T(overlap.sum / std::max(total, eps));
-  return T(std::log(overlap.sum / total) + (overlap.sum == 0 ? 0 : overlap.highest));
+  const LogSum overlap = sum_blocks(blocks, log, OverlapAlone<T>{alpha, k, log});
+  return overlap_value<T>(overlap, total, eps, log);
 }
 
 template <class T>
-void weighted_overlap_backward(T grad, T value, const T* mean, const T* var, const T* alpha,
-                               int64_t k, int64_t d, double eps, bool log, T* grad_mean,
-                               T* grad_var) {
+T weighted_overlap_with_gradient(T grad, const T* mean, const T* var, const T* alpha, int64_t k,
+                                 int64_t d, double eps, bool log, T* grad_mean, T* grad_var) {
   const double total = total_weight(alpha, k);
   if (k < 2 || (log && total == 0)) {
     std::fill_n(grad_mean, k * d, T(0));
     std::fill_n(grad_var, k * d, T(0));
-    return;
+    return 0;
   }
-  // Overlaps of far pairs are counted in small units, so that their products do not underflow.
-  const T unit = log ? T(1) : T(0x1p-64);
-  const double scale = -double(grad) / std::max(total, eps) / unit;
   PairBlocks<T> blocks(mean, var, k, d, eps);
-  BlockGradient<T> gradient(blocks.max_rows());
-  const T limit = far_apart<T>(log);
-  std::vector<double> by_tile;
-  double shares = 0;
-  for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
-    by_tile.assign(blocks.tiles(a, b).size(), 0);
-    gradient.reset(blocks.block(a, b), unit);
-    blocks.distances(a, b, limit, [&](const Tile<T>& tile) {
-      gradient.write_tile(tile.rows, [&](int64_t i, int64_t j) {
-        const T weight = alpha[i * k + j];
-        const T distance = tile.distance[(i - tile.rows.i) * kTile + j - tile.rows.j];
-        if (!log) return T(scale * weight * std::exp(-distance));
-        if (weight == 0) return T(0);
-        const double share = weight / total * std::exp(-double(distance) - double(value));
-        by_tile[tile.index] += share;
-        return T(-grad * share);
-      });
-    });
-    for (double share : by_tile) shares += share;
-    blocks.gradients(gradient, grad_mean, grad_var);
-  });
-  if (log) scale_all(1 / shares, k * d, grad_mean, grad_var);
+  OverlapGradient<T> gradient(grad, blocks, alpha, k, d, total, eps, log, grad_mean, grad_var);
+  const LogSum overlap = sum_blocks(blocks, log, gradient);
+  gradient.finish(overlap);
+  return overlap_value<T>(overlap, total, eps, log);
 }
 
-#define CWBR_INSTANTIATE(T)                                                                     \
-  template T weighted_overlap(const T*, const T*, const T*, int64_t, int64_t, double, bool);    \
-  template void weighted_overlap_backward(T, T, const T*, const T*, const T*, int64_t, int64_t, \
-                                          double, bool, T*, T*);
+#define CWBR_INSTANTIATE(T)                                                                    \
+  template T weighted_overlap(const T*, const T*, const T*, int64_t, int64_t, double, bool);   \
+  template T weighted_overlap_with_gradient(T, const T*, const T*, const T*, int64_t, int64_t, \
+                                            double, bool, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
 #undef CWBR_INSTANTIATE

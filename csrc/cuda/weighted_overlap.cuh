@@ -69,8 +69,8 @@ struct WriteGradients {
   static constexpr bool kStop = !LOG;
   OverlapSettings<A> settings;
   const A* grad;
-  const A* value;
-  A* gradients;  // (tiles, kTileRows, kTileRows)
+  const A* value;  // of the logarithm
+  A* gradients;    // (tiles, kTileRows, kTileRows)
 
   __device__ A limit() const { return A(4 * kFarthest<A>); }
   __device__ void operator()(const TilePlace<A>& place, const A (&sum)[kMicro<A>][kMicro<A>],
@@ -79,8 +79,23 @@ struct WriteGradients {
     A* tile = gradients + int64_t{place.number} * kTileRows<A> * kTileRows<A>;
     for_pairs(settings, place, [&](int a, int b, A weight, int64_t i, int64_t j) {
       tile[(i - place.first[0]) * kTileRows<A> + j - place.first[1]] = overlap_gradient(
-          LOG, *grad, weight, distance_from(sum[a][b]), *value, total, settings.eps);
+          LOG, *grad, weight, distance_from(sum[a][b]), LOG ? *value : A{0}, total, settings.eps);
     });
+  }
+};
+
+// Both at once, where no pair's gradient waits for the sum.
+template <class A>
+struct SumAndWrite {
+  static constexpr bool kStop = true;
+  SumOverlaps<A, false> sum;
+  WriteGradients<A, false> write;
+
+  __device__ A limit() const { return sum.limit(); }
+  __device__ void operator()(const TilePlace<A>& place, const A (&sums)[kMicro<A>][kMicro<A>],
+                             TileShared<A>& shared) const {
+    write(place, sums, shared);
+    sum(place, sums, shared);
   }
 };
 
@@ -123,6 +138,29 @@ void weighted_overlap_backward(Launcher& launch, const A* grad, const A* value, 
     launch_tiles(launch, job, WriteGradients<A, true>{settings, grad, value, gradients});
   else
     launch_tiles(launch, job, WriteGradients<A, false>{settings, grad, value, gradients});
+  tiles_backward(launch, job, TileGradients<A>{gradients}, grad_mean, grad_var);
+}
+
+// grad (scalar) -> value, grad_mean, grad_var (K, D). The logarithm's gradient needs its value, for
+// which the distances are computed twice.
+template <class A, class Launcher>
+void weighted_overlap_with_gradient(Launcher& launch, const A* grad, const A* mean, const A* var,
+                                    const A* alpha, int64_t rows, int64_t dims, double eps,
+                                    bool log, A* value, A* grad_mean, A* grad_var) {
+  if (log || rows == 0) {
+    weighted_overlap(launch, mean, var, alpha, rows, dims, eps, log, value);
+    weighted_overlap_backward(launch, grad, value, mean, var, alpha, rows, dims, eps, log,
+                              grad_mean, grad_var);
+    return;
+  }
+  A* row_weight = launch.template scratch<A>(rows);
+  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
+  A* gradients = launch.template scratch<A>(int64_t{job.tiles} * kTileRows<A> * kTileRows<A>);
+  OverlapPart<A>* parts = launch.template scratch<OverlapPart<A>>(job.tiles);
+  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
+  launch_tiles(launch, job,
+               SumAndWrite<A>{{settings, parts, job.all_done, job.tiles, value},
+                              {settings, grad, nullptr, gradients}});
   tiles_backward(launch, job, TileGradients<A>{gradients}, grad_mean, grad_var);
 }
 

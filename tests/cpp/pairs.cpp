@@ -33,10 +33,10 @@ PairResults<T> run(int64_t k, int64_t d, const Array<T>& mean, const Array<T>& v
                              grad_var.data());
   keep();
   for (const bool log : {false, true}) {
-    const T value = weighted_overlap(mean.data(), var.data(), alpha.data(), k, d, kEps, log);
-    r.value.push_back(value);
-    weighted_overlap_backward(T(1), value, mean.data(), var.data(), alpha.data(), k, d, kEps, log,
-                              grad_mean.data(), grad_var.data());
+    r.value.push_back(weighted_overlap(mean.data(), var.data(), alpha.data(), k, d, kEps, log));
+    r.value.push_back(weighted_overlap_with_gradient(T(1), mean.data(), var.data(), alpha.data(), k,
+                                                     d, kEps, log, grad_mean.data(),
+                                                     grad_var.data()));
     keep();
   }
   return r;

@@ -205,6 +205,14 @@ class Emulator:
         self._run("weighted_overlap_backward", DTYPES[mean.dtype], *inputs, *results)
         return _tensors(results)
 
+    def weighted_overlap_with_gradient(
+        self, grad: Tensor, mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        results = _new(mean, (), mean.shape, mean.shape)
+        inputs = (grad, mean, var, alpha, *mean.shape, eps, int(log))
+        self._run("weighted_overlap_with_gradient", DTYPES[mean.dtype], *inputs, *results)
+        return _tensors(results)
+
     def regularizer(
         self,
         features: Sequence[Tensor],

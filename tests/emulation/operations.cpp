@@ -187,6 +187,17 @@ int run_weighted_overlap_backward(int dtype, void* grad, void* value, void* mean
   });
 }
 
+int run_weighted_overlap_with_gradient(int dtype, void* grad, void* mean, void* var, void* alpha,
+                                       int64_t groups, int64_t dims, double eps, int log,
+                                       void* value, void* grad_mean, void* grad_var) {
+  return dispatch_accumulated(dtype, [&](auto& launch, auto type) {
+    using A = decltype(type);
+    weighted_overlap_with_gradient(launch, as<const A>(grad), as<const A>(mean), as<const A>(var),
+                                   as<const A>(alpha), groups, dims, eps, log != 0, as<A>(value),
+                                   as<A>(grad_mean), as<A>(grad_var));
+  });
+}
+
 // `features`, `mean` and `var` are arrays of L addresses, `dims` of L sizes.
 int run_regularizer(int dtype, void** features, int64_t* dims, int layers, int64_t* order,
                     int64_t* offsets, int64_t groups, int64_t batch, int64_t* pairs,

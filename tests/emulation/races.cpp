@@ -80,6 +80,8 @@ struct Problem {
       run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(),
                                     rows, 40, kEps, log, grad_mean.data(), grad_var.data());
     }
+    run_weighted_overlap_with_gradient(kFloat, &one, mean.data(), var.data(), alpha.data(), rows,
+                                       40, kEps, 0, &value, grad_mean.data(), grad_var.data());
   }
 
   void regularizer() {
