@@ -89,7 +89,7 @@ def published_distance(mean: Tensor, var: Tensor, pairs: Tensor) -> Tensor:
 def test_moderate_distances_are_no_worse_than_the_published_formula_in_float32(
     d: int, distance: float
 ) -> None:
-    """On average over the pairs. The reference, one log1p per dimension, is more exact than both."""
+    """On average over the pairs; the reference, a log1p per dimension, is more exact than both."""
     k, size = 24, (2 * distance / d) ** 0.5
     common = torch.exp(2 * randn(1, d, seed=1))
     mean = size * common.sqrt() * randn(k, d, seed=2)
