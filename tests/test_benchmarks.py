@@ -68,8 +68,8 @@ def test_truth_of_the_bank_of_means_is_the_energy_sample_by_sample() -> None:
     assert targets is not None
     energies = []
     for z, mean, var in zip(inputs.features, inputs.bank_means, inputs.bank_vars, strict=True):
-        for row, own, x in zip(logits.softmax(1), targets.tolist(), z, strict=True):
-            others = sorted((p, c) for c, p in enumerate(row.tolist()) if c != own)[-5:]
+        for chances, own, x in zip(logits.softmax(1), targets.tolist(), z, strict=True):
+            others = sorted((p, c) for c, p in enumerate(chances.tolist()) if c != own)[-5:]
             energy = ((x - mean[own]) ** 2 / (2 * var)).sum()
             energy = energy - sum(p * ((x - mean[c]) ** 2 / (2 * var)).sum() for p, c in others)
             energies.append(energy / z.shape[1])
