@@ -35,8 +35,8 @@ CWBR_INLINE void reciprocals(const Vec<T>* moments_i, Vec<T> w, Vec<T>* r) {
 }
 
 // The pairs of kGradientRows rows i with rows j in [first, last). moments holds mean and w of each
-// row; grad is (j, kGradientRows). Reciprocals are a row j ahead: the chain from the variances to
-// the sums is longer than the processor looks ahead.
+// row; grad is (j, kGradientRows). Reciprocals are a row j ahead, unless kDivideAtOnce: the chain
+// from the variances to the sums is longer than the processor looks ahead.
 template <bool Shared, class T>
 CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
                                const Vec<T>* moments_j, RowGradient<T>* sums_j, const T* grad,
@@ -45,12 +45,16 @@ CWBR_INLINE void gradient_rows(const Vec<T>* moments_i, RowGradient<T>* sums_i,
   Vec<T> r[kGradientRows], next[kGradientRows];
   CWBR_UNROLL(4)
   for (int k = 0; k < kGradientRows; ++k) i[k] = sums_i[k];
-  reciprocals<Shared, T>(moments_i, moments_j[2 * first + 1], next);
+  if (!kDivideAtOnce) reciprocals<Shared, T>(moments_i, moments_j[2 * first + 1], next);
   for (int64_t j = first; j < last; ++j) {
-    CWBR_UNROLL(4)
-    for (int k = 0; k < kGradientRows; ++k) r[k] = next[k];
-    const int64_t ahead = j + 1 < last ? j + 1 : j;
-    reciprocals<Shared, T>(moments_i, moments_j[2 * ahead + 1], next);
+    if (kDivideAtOnce) {
+      reciprocals<Shared, T>(moments_i, moments_j[2 * j + 1], r);
+    } else {
+      CWBR_UNROLL(4)
+      for (int k = 0; k < kGradientRows; ++k) r[k] = next[k];
+      const int64_t ahead = j + 1 < last ? j + 1 : j;
+      reciprocals<Shared, T>(moments_i, moments_j[2 * ahead + 1], next);
+    }
     const Vec<T> mean = moments_j[2 * j], w = moments_j[2 * j + 1];
     RowGradient<T> sum = sums_j[j];
     CWBR_UNROLL(4)
@@ -180,7 +184,7 @@ CWBR_INLINE void add_gradients(const GradientBlock<T>& block, const GradientSide
     for (int64_t i = 0; i < side_i.count && (!diagonal || i < last_j); i += kGradientRows) {
       const int64_t from_j = diagonal && i >= j ? i + 1 : j;
       if (!any_nonzero(block, i, from_j, last_j)) continue;
-      const auto add = shared ? gradient_rows<true, T> : gradient_rows<false, T>;
+      const auto add = shared && !kDivideAtOnce ? gradient_rows<true, T> : gradient_rows<false, T>;
       add(moments_i + 2 * i, sums_i + i, moments_j, sums_j, block.grad + i * side_j.count, from_j,
           last_j);
     }

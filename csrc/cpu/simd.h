@@ -28,6 +28,14 @@ using Doubles = Vec<double>;
 template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
+// Whether a vector of divisions, among other work, costs no more than two multiplications, and
+// registers are too few to keep reciprocals for later.
+#if defined(CWBR_AVX2)
+constexpr bool kDivideAtOnce = true;
+#else
+constexpr bool kDivideAtOnce = false;
+#endif
+
 // Sums of exponents between these bounds are products that neither overflow nor lose bits.
 template <class T>
 constexpr T kExponentRange = sizeof(T) == 4 ? 100 : 1000;
@@ -118,17 +126,13 @@ CWBR_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a,
 CWBR_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
 CWBR_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 CWBR_INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) { return _mm256_fnmadd_pd(a, b, c); }
-CWBR_INLINE Floats reciprocal(Floats x) {
-  const Floats r = _mm256_rcp_ps(x), e = fnma(x, r, broadcast(1.0f));
-  return fma(r, fma(e, e, e), r);
-}
 #else
 CWBR_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 CWBR_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 CWBR_INLINE Floats fnma(Floats a, Floats b, Floats c) { return c - a * b; }
 CWBR_INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) { return c - a * b; }
-CWBR_INLINE Floats reciprocal(Floats x) { return 1.0f / x; }
 #endif
+CWBR_INLINE Floats reciprocal(Floats x) { return 1.0f / x; }
 CWBR_INLINE Doubles reciprocal(Doubles x) { return 1.0 / x; }
 CWBR_INLINE Floats exponent(Floats x) {
   const auto bits = reinterpret_cast<Types<float>::Integers>(x);
