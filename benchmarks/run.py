@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import operations, resnet
+from benchmarks import operations, resnet, scaling
 from benchmarks.results import Results, Row, commit, default_path
 from benchmarks.session import MEASUREMENTS, Session
 from benchmarks.workloads import BY_NAME, REALISTIC, SWEEP, Workload
@@ -54,6 +54,11 @@ def _machine_unit(session: Session) -> Unit:
     return Unit("machine", session, done, partial(operations.measure_machine, session))
 
 
+def _threads_unit(session: Session) -> Unit:
+    done = partial(session.has, "machine", ["measured"], scaling.METRIC)
+    return Unit("two threads", session, done, partial(scaling.measure_speedups, session))
+
+
 def _training_unit(session: Session) -> Unit:
     def done() -> bool:
         workloads = (resnet.SMALLER, resnet.LARGER)
@@ -80,6 +85,8 @@ def units(sessions: list[Session]) -> Iterator[Unit]:
     for session in sessions:
         if session.device == "cpu":
             yield _machine_unit(session)
+            if session is not one:
+                yield _threads_unit(session)
         for case in operations.cases() if session is one else operations.base_cases():
             yield _operation_unit(session, case, session is one)
     for workload in narrow:
@@ -114,8 +121,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     results = Results(arguments.out or default_path(arguments.device), commit())
-    threads = (1, 2) if arguments.device == "cpu" else (torch.get_num_threads(),)
-    sessions = [Session(results, arguments.device, n, few=n != threads[0]) for n in threads]
+    counts = (1, 2) if arguments.device == "cpu" else (torch.get_num_threads(),)
+    sessions = [Session(results, arguments.device, n, few=n != counts[0]) for n in counts]
 
     def wanted() -> Iterator[Unit]:
         for unit in units(sessions):

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks import operations, resnet
+from benchmarks import operations, resnet, scaling
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row
 from benchmarks.workloads import BY_NAME, REALISTIC, SWEEP, Workload
@@ -288,6 +288,23 @@ def machine(numbers: Numbers, threads: int) -> str:
     )
 
 
+def two_threads(numbers: Numbers) -> str:
+    """Time with one thread over that with two, beside what multiply-adds alone gain."""
+    own = numbers.own()
+    peak = numbers.median("machine", "measured", "machine", scaling.METRIC, 2)
+    if peak is None:
+        return "Not measured in turn.\n"
+    lines = [["the machine's multiply-adds", f"{peak:.2f}", f"{peak:.2f}"]]
+    for workload in scaling.WORKLOADS:
+        gains = [
+            numbers.median(workload.name, own, mode, scaling.METRIC, 2)
+            for mode in ("forward", "step")
+        ]
+        if None not in gains:
+            lines.append([workload.name, *(f"{gain:.2f}" for gain in gains)])
+    return table(["one thread ÷ two, in turn", "forward", "forward + backward"], lines)
+
+
 def training(numbers: Numbers) -> str:
     """ResNet-50 steps without and with a regularizer, and their time per image."""
     batches = {workload.name: workload.batch for workload in (resnet.SMALLER, resnet.LARGER)}
@@ -320,6 +337,8 @@ def report(numbers: Numbers) -> str:
             roofline_note(),
         ]
     parts += [
+        f"## A second thread, {numbers.own()}\n",
+        two_threads(numbers),
         "## Peak extra memory, forward + backward\n",
         _by_step_metric(numbers, (*REALISTIC, *SWEEP), "peak_extra_mb"),
         f"## Memory of all pairs beside inputs and outputs, {numbers.own()}\n",

@@ -122,8 +122,8 @@ class AllPairDistance(torch.autograd.Function):
 
 
 # Gradients of an overlap are taken with its value where they are no larger than this: a step then
-# needs no more than 16 MB beside its inputs and outputs.
-KEPT_BYTES = 1 << 24
+# needs no more than 16 MiB beside its inputs and outputs, some pages of the kernels' own included.
+KEPT_BYTES = (1 << 24) - 3 * (1 << 17)
 # They are kept times this: the overlaps of far pairs are smaller than what float32 resolves.
 KEPT_UNIT = 2.0**32
 

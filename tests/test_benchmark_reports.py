@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from benchmark_rows import row
 
-from benchmarks import plots, resnet, tables
+from benchmarks import plots, resnet, scaling, tables
 from benchmarks.providers import PLAIN
 from benchmarks.results import Results
 from benchmarks.workloads import BY_NAME
@@ -65,6 +65,20 @@ def test_figure_and_report_are_made_from_rows_alone(tmp_path: Path) -> None:
     assert "| pairs K=1000 D=768 | out of memory |" in text
     assert "out of memory: by prediction 25 GB or more" in text
     assert "| pairs K=200 D=768 | 20.0 MB | 1.2 MB | 18.8 MB |" in text
+
+
+def test_what_a_second_thread_brings_is_told_beside_what_it_brings_at_most() -> None:
+    changed = {"metric": scaling.METRIC, "threads": 2}
+    peak = row("machine", "measured", mode="machine", median=1.83, **changed)
+    own = [
+        row("pairs K=200 D=768", "cwbr cpu", mode=mode, median=median, **changed)
+        for mode, median in (("forward", 1.7), ("step", 1.812))
+    ]
+    told = tables.two_threads(tables.Numbers([peak, *own]))
+    assert "| the machine's multiply-adds | 1.83 | 1.83 |" in told
+    assert "| pairs K=200 D=768 | 1.70 | 1.81 |" in told
+    assert "| pairs K=500" not in told
+    assert tables.two_threads(tables.Numbers(own)) == "Not measured in turn.\n"
 
 
 def test_each_kind_of_machine_has_a_report_and_the_readme_shows_the_chosen_one(

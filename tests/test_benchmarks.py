@@ -16,7 +16,7 @@ import pytest
 import torch
 from benchmark_rows import row
 
-from benchmarks import compare, machine, measure, operations, peers, resnet
+from benchmarks import compare, machine, measure, operations, peers, resnet, scaling
 from benchmarks.providers import PLAIN, Checker, Provider, peer, table
 from benchmarks.results import Results, Row, default_path
 from benchmarks.run import Unit, run
@@ -353,3 +353,18 @@ def test_resnet50_has_its_published_parameters_and_regularized_steps_train_it() 
     before = trainer.model.head.weight.clone()
     trainer.step(PROVIDERS["cwbr reference"])
     assert not torch.equal(before, trainer.model.head.weight)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_one_thread_and_two_take_turns(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    samples = scaling.speedups(lambda: counts.append(torch.get_num_threads()))
+    assert len(samples) >= measure.ROUNDS[0]
+    assert set(counts) == {1, 2}
+    monkeypatch.setattr(scaling, "OWN", (PLAIN,))
+    rows = scaling.measure_speedups(session, [SMALL["pairs"]])
+    assert [(r.workload, r.mode) for r in rows[1:]] == [
+        (SMALL["pairs"].name, mode) for mode in ("forward", "step")
+    ]
+    assert all(r.median is not None and r.median > 0 for r in rows)
+    assert torch.get_num_threads() == session.threads

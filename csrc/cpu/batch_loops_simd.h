@@ -273,8 +273,7 @@ CWBR_INLINE SoftmaxStatistics<T> visit_softmax(const In* logits, int64_t n, Visi
     for (int64_t c = first; c < bulk; c += unroll * lanes)
       for (int u = 0; u < unroll; ++u) {
         // While this block's exponentials are computed, the next one comes from memory.
-        const int64_t next = c + u * lanes + block;
-        __builtin_prefetch(logits + (next < n ? next : c));
+        if (u % (64 / kVectorBytes) == 0) __builtin_prefetch(logits + c + u * lanes + block);
         sums[u] += exp_negative<T, false>(load_input(logits + c + u * lanes) - shift);
       }
     for (int64_t c = bulk; c < last; c += lanes)
