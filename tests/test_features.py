@@ -64,9 +64,9 @@ def test_the_stages_of_a_resnet_are_caught_in_the_order_of_adding(images: Tensor
     logits = model(images)
     assert list(catcher.feats) == ["layer4.1", "layer2", "third"]
     assert [tuple(f.shape[1:]) for f in catcher.feats.values()] == [
-        (10, 1, 1),
-        (6, 4, 4),
-        (8, 2, 2),
+        (24, 1, 1),
+        (8, 4, 4),
+        (16, 2, 2),
     ]
     torch.testing.assert_close(logits, model.fc(to_vec(catcher.feats["layer4.1"])))
 

@@ -25,7 +25,7 @@ def near_moments(k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("k", "d"), [(0, 3), (1, 3), (2, 1), (19, 37), (70, 20)])
+@pytest.mark.parametrize(("k", "d"), [(0, 3), (1, 3), (2, 1), (35, 20)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_those_of_the_two_operations(
     backend: str, k: int, d: int, dtype: torch.dtype, log: bool

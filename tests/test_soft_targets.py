@@ -67,8 +67,10 @@ def test_moments_of_one_hot_rows_survive_classes_a_million_times_their_spread_ap
     members = soft_targets.membership(one_hot(y, 4).float(), 2)
     mean, var = soft_targets.class_moments(z, members.shares, EPS, torch.float32)
     truth = reference.class_moments(z.double(), *reference.group_by_class(y, 2)[:2], EPS)
-    expected = tuple(moment[:4].float() for moment in truth)
-    torch.testing.assert_close((mean, var), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean, truth[0][:4].float())
+    # Squares of up to 1.5e6, of which the variance is what is left, round off in float64.
+    rounding = 2.0**-53 * 1.5e6**2
+    assert (var - truth[1][:4]).abs().max() <= 10 * rounding < 0.01 * truth[1][:4].max()
     assert members.counts.tolist() == pytest.approx(y.bincount().tolist())
 
 
