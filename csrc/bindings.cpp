@@ -194,22 +194,6 @@ Tensor weighted_overlap_op(const Tensor& mean, const Tensor& var, const Tensor& 
   });
 }
 
-std::tuple<Tensor, Tensor> weighted_overlap_backward_op(const Tensor& grad, const Tensor& value,
-                                                        const Tensor& mean, const Tensor& var,
-                                                        const Tensor& alpha, double eps, bool log) {
-  return with_float_type(mean, [&](auto type) {
-    using T = decltype(type);
-    const Moments<T> moments(mean, var);
-    const Tensor weights = checked<T, 2>(alpha, "alpha", {moments.rows, moments.rows});
-    const auto [grad_mean, grad_var] = moments.empty_gradients();
-    scalar<T>(value, "value");  // of no use here
-    weighted_overlap_with_gradient(scalar<T>(grad, "grad"), moments.mean(), moments.var(),
-                                   const_data<T>(weights), moments.rows, moments.dims, eps, log,
-                                   data<T>(grad_mean), data<T>(grad_var));
-    return std::make_tuple(grad_mean, grad_var);
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor> weighted_overlap_with_gradient_op(const Tensor& grad,
                                                                      const Tensor& mean,
                                                                      const Tensor& var,
@@ -225,6 +209,17 @@ std::tuple<Tensor, Tensor, Tensor> weighted_overlap_with_gradient_op(const Tenso
         scalar<T>(grad, "grad"), moments.mean(), moments.var(), const_data<T>(weights),
         moments.rows, moments.dims, eps, log, data<T>(grad_mean), data<T>(grad_var));
     return std::make_tuple(value, grad_mean, grad_var);
+  });
+}
+
+std::tuple<Tensor, Tensor> weighted_overlap_backward_op(const Tensor& grad, const Tensor& value,
+                                                        const Tensor& mean, const Tensor& var,
+                                                        const Tensor& alpha, double eps, bool log) {
+  return with_float_type(mean, [&](auto type) {
+    scalar<decltype(type)>(value, "value");  // the kernel sums it again
+    const auto [again, grad_mean, grad_var] =
+        weighted_overlap_with_gradient_op(grad, mean, var, alpha, eps, log);
+    return std::make_tuple(grad_mean, grad_var);
   });
 }
 

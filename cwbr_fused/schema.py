@@ -159,7 +159,7 @@ def _fake_weighted_overlap(
 def _fake_weighted_overlap_with_gradient(
     grad: Tensor, mean: Tensor, *others: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return mean.new_empty(()), mean.new_empty(mean.shape), mean.new_empty(mean.shape)
+    return mean.new_empty(()), *_fake_moment_gradients(grad, mean)
 
 
 def _fake_regularizer(

@@ -21,11 +21,11 @@ TOLERANCE = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }
+needs_cpu_kernels = pytest.mark.skipif(
+    extension.missing("cpu") is not None, reason=str(extension.missing("cpu"))
+)
 # What pytest does with the tests of the C++ kernels on the CPU.
-CPU_KERNELS = [
-    pytest.mark.skipif(extension.missing("cpu") is not None, reason=str(extension.missing("cpu"))),
-    pytest.mark.usefixtures("one_thread"),
-]
+CPU_KERNELS = [needs_cpu_kernels, pytest.mark.usefixtures("one_thread")]
 
 
 def randn(

@@ -45,6 +45,7 @@ class ResNet(nn.Module):
 
     def __init__(self, num_classes: int = 5, planes: tuple[int, ...] = (8, 8, 16, 24)) -> None:
         super().__init__()
+        self.planes = planes
         self.conv1 = nn.Conv2d(3, planes[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)

@@ -30,7 +30,7 @@ class FeatureListNet(nn.Module):
         super().__init__()
         self.body = ResNet()
         self.out_indices = out_indices
-        channels = [self.body.conv1.out_channels, 8, 8, 16, 24]
+        channels = [self.body.planes[0], *self.body.planes]
         self.feature_info = SimpleNamespace(channels=lambda: [channels[i] for i in out_indices])
 
     def forward(self, x: Tensor) -> list[Tensor]:

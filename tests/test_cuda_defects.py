@@ -100,7 +100,7 @@ def tile_cases() -> Iterator[Case]:
             value = reference.weighted_overlap(near, var, alpha, EPS, log)
             yield "weighted_overlap", (near, var, alpha, EPS, log)
             yield "weighted_overlap_backward", (one, value, near, var, alpha, EPS, log)
-    yield "weighted_overlap_with_gradient", (one, near, var, alpha, EPS, False)
+        yield "weighted_overlap_with_gradient", (one, near, var, alpha, EPS, False)
     # Long enough for several blocks to share a tile, and often enough for one to be overtaken.
     for dims in range(192, 384, 16):
         yield "all_pair_distance", (random(20, dims), random(20, dims, seed=1).exp(), EPS)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_backends import assert_equal, kernels_of
-from kernel_inputs import EPS, rand, randn
+from kernel_inputs import EPS, needs_cpu_kernels, rand, randn
 from torch import Tensor
 
-from cwbr_fused import extension, ops, reference, reference_backward
+from cwbr_fused import ops, reference, reference_backward
 
 BACKENDS = ["cpu", "triton", "cuda"]
-needs_cpu_kernels = pytest.mark.skipif(
-    extension.missing("cpu") is not None, reason=extension.missing("cpu") or ""
-)
 
 
 def near_moments(k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -221,12 +221,13 @@ struct OverlapAlone {
 // Sums of all tiles, in an order that does not depend on the threads.
 template <class T, class Blocks>
 LogSum sum_blocks(PairBlocks<T>& blocks, bool log, Blocks&& each) {
+  const T limit = far_apart<T>(log);
   LogSum overlap;
   std::vector<LogSum> by_tile;
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
     by_tile.assign(blocks.tiles(a, b).size(), LogSum());
     each.begin(a, b);
-    blocks.distances(a, b, far_apart<T>(log),
+    blocks.distances(a, b, limit,
                      [&](const Tile<T>& tile) { by_tile[tile.index] = each.add(tile); });
     const LogSum before = overlap;
     for (const LogSum& sum : by_tile) overlap.add(sum);
