@@ -45,8 +45,6 @@ def cuda_toolkit() -> str | None:
     if MODE == "cuda":
         if cuda_home is None:
             sys.exit("CWBR_BUILD=cuda: no CUDA toolkit; set CUDA_HOME or put nvcc on PATH")
-        if not glob("csrc/cuda/*.cu"):
-            sys.exit("CWBR_BUILD=cuda: there is no csrc/cuda/*.cu to compile")
         return cuda_home
     if MODE != "auto" or cuda_home is None:
         return None
@@ -81,7 +79,7 @@ def extension() -> tuple[Extension, type[Command]]:
 
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     if toolkit:
-        sources += glob("csrc/cuda/*.cu")
+        sources.append("csrc/cuda_kernels.cu")
         cpp_extension.CUDA_HOME = toolkit  # a CPU build of torch does not look for it
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
 
@@ -108,11 +106,12 @@ def extension() -> tuple[Extension, type[Command]]:
     module = cpp_extension.CppExtension(
         "cwbr_fused._C",
         sorted(sources),
-        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True),
+        depends=[f for f in glob("csrc/**/*.*", recursive=True) if not f.endswith(".cpp")],
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={
             "cxx": [*target, *optimize],
-            "nvcc": [*target, "-DUSE_CUDA", "-O3", "-std=c++20"],
+            # One thread per architecture, up to the processors there are.
+            "nvcc": [*target, "-DUSE_CUDA", "-O3", "-std=c++20", "--threads=0"],
         },
         # lib64 in an installed toolkit, lib in NVIDIA's wheels.
         library_dirs=[os.path.join(toolkit, lib) for lib in ("lib64", "lib")] if toolkit else [],

@@ -75,7 +75,7 @@ Tensor checked(const Tensor& t, const char* name, const std::array<int64_t, N>& 
   check(t.scalar_type() == scalar_type_of<T>, name, ": expected dtype ", name_of(scalar_type_of<T>),
         ", got ", name_of(t.scalar_type()));
   bool fits = t.dim() == static_cast<int64_t>(N);
-  for (size_t i = 0; fits && i < N; ++i) fits = sizes[i] < 0 || t.size(i) == sizes[i];
+  for (size_t i = 0; fits && i != N; ++i) fits = sizes[i] < 0 || t.size(i) == sizes[i];
   if (!fits) fail(name, ": expected shape ", shape(sizes), ", got ", shape(t.sizes()));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, passed: bool, *options: str) -> int:
 def test_a_dry_run_checks_triton_and_says_it_is_no_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = ("--dry-run", "--out", str(tmp_path), "--only", "8x4", "--pytest", "-x")
+    options = ("--dry-run", "--out", str(tmp_path), "--only", "plain 8x4", "--pytest", "-x")
     assert run(monkeypatch, True, *options) == 0
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert report["dry_run"]

@@ -18,34 +18,36 @@ std::vector<float> floats(size_t count, float low = -1) {
   return values;
 }
 
-std::vector<int64_t> classes_of(int64_t batch, int64_t classes) {
-  std::vector<int64_t> values(batch);
-  for (int64_t& value : values) value = generator() % classes;
-  return values;
-}
-
 constexpr int kFloat = 1;
 constexpr double kEps = 1e-6;
 
-// A batch with its plan, features and moments, and rows for all pairs.
+// A batch grouped by class, pairs of its classes, features and moments, and rows for all pairs.
 struct Problem {
-  int64_t batch = 70, classes = 9, groups = batch / 2, dims = 9, rows = 70, top_m = 20;
-  std::vector<int64_t> targets = classes_of(batch, classes), order, offsets, present, pairs;
-  std::vector<float> logits = floats(batch * classes), z = floats(batch * dims), mean, var, alpha;
-  std::vector<float> weights, distance, grad;
+  int64_t batch = 70, classes = 9, groups = classes, dims = 9, rows = 70, top_m = 20;
+  std::vector<int64_t> targets, order, offsets = {0}, present, pairs;
+  std::vector<float> logits = floats(batch * classes), z = floats(batch * dims);
+  std::vector<float> mean = floats(rows * 40), var = floats(rows * 40, 0.1f);
+  std::vector<float> alpha = floats(rows * rows, 0), weights = floats(top_m, 0);
+  std::vector<float> distance = floats(rows * rows), grad = floats(rows * rows);
   float value = 0, one = 1;
 
-  Problem() : order(batch), offsets(groups + 1), present(groups), pairs(2 * top_m), weights(top_m) {
-    mean = floats(rows * 40);
-    var = floats(rows * 40, 0.1f);
-    alpha = floats(rows * rows, 0);
-    distance = floats(rows * rows);
-    grad = floats(rows * rows);
-    run_plan(kFloat, logits.data(), classes, targets.data(), batch, 2, top_m, order.data(),
-             offsets.data(), present.data(), pairs.data(), weights.data());
+  Problem() {
+    for (int64_t b = 0; b < batch; ++b) targets.push_back(b % classes);
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int64_t b = c; b < batch; b += classes) order.push_back(b);
+      offsets.push_back(static_cast<int64_t>(order.size()));
+      present.push_back(c);
+      for (int64_t d = c + 1; d < classes && std::ssize(pairs) < 2 * top_m; ++d)
+        pairs.insert(pairs.end(), {c, d});
+    }
   }
 
-  void plan() {}  // done above
+  void plan() {
+    const int64_t most = batch / 2;  // as many groups as min_count = 2 allows
+    std::vector<int64_t> starts(most + 1), found(most);
+    run_plan(kFloat, logits.data(), classes, targets.data(), batch, 2, top_m, order.data(),
+             starts.data(), found.data(), pairs.data(), weights.data());
+  }
 
   void moments() {
     std::vector<float> m(groups * dims), v(groups * dims), g = floats(batch * dims);
@@ -74,12 +76,9 @@ struct Problem {
 
   void overlap() {
     std::vector<float> grad_mean(rows * 40), grad_var(rows * 40);
-    for (const int log : {0, 1}) {
-      run_weighted_overlap(kFloat, mean.data(), var.data(), alpha.data(), rows, 40, kEps, log,
-                           &value);
-      run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(),
-                                    rows, 40, kEps, log, grad_mean.data(), grad_var.data());
-    }
+    run_weighted_overlap(kFloat, mean.data(), var.data(), alpha.data(), rows, 40, kEps, 1, &value);
+    run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(), rows,
+                                  40, kEps, 1, grad_mean.data(), grad_var.data());
     run_weighted_overlap_with_gradient(kFloat, &one, mean.data(), var.data(), alpha.data(), rows,
                                        40, kEps, 0, &value, grad_mean.data(), grad_var.data());
   }

@@ -1,0 +1,15 @@
+// The CUDA kernels of all operations in one translation unit: torch's headers, which nvcc reads
+// once for the host and once per architecture, cost more than the kernels.
+#include "cuda/all_pair_distance.cu"
+#include "cuda/class_attraction.cu"
+#include "cuda/class_moments.cu"
+#include "cuda/confusion_weights.cu"
+#include "cuda/follow_classes.cu"
+#include "cuda/group_by_class.cu"
+#include "cuda/observe_classes.cu"
+#include "cuda/pair_distance.cu"
+#include "cuda/plan.cu"
+#include "cuda/regularizer.cu"
+#include "cuda/top_confusions.cu"
+#include "cuda/top_pairs.cu"
+#include "cuda/weighted_overlap.cu"
