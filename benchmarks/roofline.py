@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.workloads import BY_NAME, REALISTIC, Workload
+from cwbr_fused import extension
 
 # Assumptions: between two small kernels of a stream, and one turn of a loop that has a barrier and
 # waits for its loads, where a single program goes through all pairs.
@@ -93,10 +94,8 @@ def all_pairs_backward(groups: int, dims: int, processors: int = 132) -> Work:
     """
     blocks, dim_blocks = -(-groups // 16), -(-dims // 32)
     warps = 2 if groups < 256 else 4 if groups < 512 else 8
-    turns = blocks // 2 + 1
-    share = -(-turns // max(1, 8 * processors // (warps * dim_blocks)))
-    copies = -(-turns // share)
-    visited_blocks = -(-blocks // warps) * warps * turns
+    copies = extension.triton_kernels().tuning.copies(blocks, dim_blocks, warps, processors)
+    visited_blocks = -(-blocks // warps) * warps * (blocks // 2 + 1)
     visits = visited_blocks * 16 * 16 * dims
     moments, weights = 2 * 4 * groups * dims, 4 * groups * groups
     moved = 2 * 8 * 16 * dims * visited_blocks + 2 * copies * moments

@@ -225,7 +225,8 @@ def _launch_pairs_backward(
     blocks = triton.cdiv(groups, options["ROWS"])
     dim_blocks = triton.cdiv(dims, options["BLOCK"])
     rows, width = blocks * options["ROWS"], dim_blocks * options["BLOCK"]
-    copies = scratch(mean, tuning.copies(blocks, dim_blocks, options, mean.device), 2, rows, width)
+    number = tuning.copies(blocks, dim_blocks, options["num_warps"], tuning.processors(mean.device))
+    copies = scratch(mean, number, 2, rows, width)
     launch(
         _pairs_backward_kernel,
         (dim_blocks, copies.shape[0]),

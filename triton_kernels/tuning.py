@@ -131,7 +131,7 @@ def all_pairs_backward(mean: Tensor) -> tuple[Options, ...]:
     return tuple({"ROWS": rows, "TILES": t, "BLOCK": lanes, "num_warps": t} for t in tiles)
 
 
-def copies(blocks: int, dim_blocks: int, options: Options, device: torch.device) -> int:
+def copies(blocks: int, dim_blocks: int, warps: int, processors: int) -> int:
     """Into how many programs to divide the turns of one block of dimensions; each has a copy.
 
     As many as leave no processor without eight warps, which is what its registers hold, and no
@@ -139,7 +139,7 @@ def copies(blocks: int, dim_blocks: int, options: Options, device: torch.device)
     at most 270 kB for each class and warp of a program: 36 MB for 1000 classes. It never is more
     than one copy where dimensions alone fill the device.
     """
-    fitting = 8 * processors(device) // (options["num_warps"] * dim_blocks)
+    fitting = 8 * processors // (warps * dim_blocks)
     turns = blocks // 2 + 1
     share = -(-turns // max(1, fitting))
     return -(-turns // share)
