@@ -96,10 +96,10 @@ def extension() -> tuple[Extension, type[Command]]:
                 warn_left_out(error)
 
     target = [f"-DTORCH_TARGET_VERSION={TARGET_CUDA if toolkit else TARGET_CPU}"]
-    # Under a sanitizer -O3 would compile ten times as long what is never shipped.
-    level = "-O1" if "-fsanitize" in os.environ.get("CFLAGS", "") else "-O3"
+    # What is never shipped need not be fast: CFLAGS=-O0 compiles in a fifth of the time.
+    level = re.findall(r"-O\S*", os.environ.get("CFLAGS", ""))[-1:] or ["-O3"]
     # Vectors are passed between inlined functions alone, which no ABI concerns: -Wno-psabi.
-    unix = [level, "-g0", "-fvisibility=hidden", "-Wno-psabi"]
+    unix = [*level, "-g0", "-fvisibility=hidden", "-Wno-psabi"]
     optimize = ["/O2"] if os.name == "nt" else unix
     # The CUDA runtime is linked statically, so that the library also loads where there is none.
     runtime = ["cudart_static", "rt", "dl", "pthread"] if toolkit else []
