@@ -6,7 +6,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o 
 READY := $(VENV)/.ready
 PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 120
 
-.PHONY: install environments test build-oldest test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test build-oldest test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
@@ -16,6 +16,9 @@ $(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(s
 	$(PY) $(PIP) -r requirements-dev.txt
 	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	touch $(READY)
+
+# Two processes on two cores: a thread that waits for another one should leave its core to them.
+test test-oldest test-newest soak: export OMP_WAIT_POLICY := passive
 
 # A file's tests stay in one process, which compiles what they share once. Files go in their order, not
 # those of many tests first: the slowest have few.
@@ -35,8 +38,6 @@ PYTHON_oldest ?= $(call first_python,$(PYTHONS))
 PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV))
 TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp distributed cwbr)
 
-environments: .venv-oldest/.ready .venv-newest/.ready
-
 # Gigabytes, so a broken connection costs a pause and the wheel that it broke, no more. The file pins
 # what it is about, which a machine's own constraints could only contradict.
 .venv-%/.ready: requirements-%.txt requirements-test.txt
@@ -51,7 +52,7 @@ build-oldest: .venv-oldest/.ready
 	CWBR_BUILD=cpu CFLAGS=-O1 .venv-oldest/bin/python setup.py -q build \
 		--build-base build/oldest/objects --build-lib build/oldest/lib
 
-# From tests/, where the checkout's package is out of sight.
+# From tests/, where no other package than that one is in sight.
 test-oldest: build-oldest
 test-oldest: PACKAGE := $(CURDIR)/build/oldest/lib
 test-newest: $(READY)
