@@ -1,4 +1,4 @@
-"""Triton's interpreter without its repeats: half the time of every test that runs a kernel in it.
+"""Triton's interpreter without its repeats: two thirds of the time of tests that run kernels in it.
 
 It patches `triton.language` at each launch, and again at each call of a device function, for good.
 That is needed once per device function; the search for what to patch takes a millisecond a call.
