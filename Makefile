@@ -29,14 +29,15 @@ test: $(READY)
 # The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
 # Python that is found, or of requirements-newest.txt and the newest. The oldest builds the kernels
 # itself; the newest takes those of `make install`, as one build serves whatever is newer. Of Triton,
-# slow in its interpreter, the loss.
+# slow in its interpreter, every operation and the loss.
 PYTHONS := 3.10 3.11 3.12 3.13
 first_python = $(shell for python in $(foreach version,$(1),python$(version) \
 	$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(version).*/bin/python)); \
 	do $$python -c "import venv, ensurepip" 2>/dev/null && echo $$python && exit; done; echo $(PYTHON))
 PYTHON_oldest ?= $(call first_python,$(PYTHONS))
 PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV))
-TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp distributed cwbr)
+TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr \
+	cpu_regularizer cpu_arguments)
 
 # Gigabytes, so a broken connection costs a pause and the wheel that it broke, no more. The file pins
 # what it is about, which a machine's own constraints could only contradict.
@@ -59,7 +60,7 @@ test-newest: $(READY)
 test-newest: PACKAGE := $(CURDIR)
 test-oldest test-newest: test-%: .venv-%/.ready
 	cd tests && PYTHONPATH=$(PACKAGE) ../.venv-$*/bin/python $(PYTEST) $(TORCH_TESTS) \
-		-k "not triton and not one_process-4 or value_and_gradient_equal_the_reference[6-"
+		-k "not triton or changes_no_operation or value_and_gradient_equal_the_reference[6-"
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from itertools import chain, repeat
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -242,11 +242,9 @@ VISITS_PER_MUFU = {
 TILE_OPTIONS = ("ROWS", "COLUMNS", "TILES", "LOG")
 
 
-def triton_rows(arch: str, quick: bool = False) -> list[Row]:
+def triton_rows(arch: str) -> list[Row]:
     """A row for each kernel and tile size of the Triton backend."""
-    dtypes = [torch.float32]
-    dtypes += [torch.float64] * (not quick or arch in ("sm_90", "gfx942"))
-    dtypes += [torch.bfloat16] * (arch == "sm_90")
+    dtypes = [torch.float32, torch.float64] + [torch.bfloat16] * (arch == "sm_90")
     kernels = extension.triton_kernels()
     rows: dict[tuple[Any, ...], Row] = {}
     with compile_only(arch) as compiled:
@@ -292,17 +290,12 @@ def main() -> None:
         "--backend", nargs="+", choices=("triton", "cuda"), default=("triton", "cuda")
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--quick", action="store_true", help="Triton's float64 on sm_90 and gfx942 alone"
-    )
     options = parser.parse_args()
     rows: list[Row] = []
     if "triton" in options.backend:
         # A process for each: Triton compiles on one core, and holds one device.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
-            rows += chain.from_iterable(
-                processes.map(triton_rows, options.arch, repeat(options.quick))
-            )
+            rows += chain.from_iterable(processes.map(triton_rows, options.arch))
     if "cuda" in options.backend:
         rows += cuda_rows(options.arch)
     write(rows, options.out)

@@ -25,7 +25,7 @@ Table = list[dict[str, str]]
 def report(tmp_path_factory: pytest.TempPathFactory) -> Table:
     """The report's rows; compiled in a process of its own, where Triton does not interpret."""
     folder = tmp_path_factory.mktemp("report")
-    command = [sys.executable, "-m", "benchmarks.gpu_report", "--backend", "triton", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--backend", "triton"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([*command, "--out", str(folder)], cwd=ROOT, env=environment, check=True)
     with (folder / "gpu_report.csv").open() as file:
@@ -58,8 +58,7 @@ def test_moments_read_the_features_128_bits_at_a_time(report: Table, arch: str) 
     """
     least = 2 if arch == "gfx942" else 5
     rows = [r for r in report if r["kernel"].startswith("_moments_kernel") and r["arch"] == arch]
-    wide = {"float64"} if arch in ("sm_90", "gfx942") else set()  # --quick
-    assert {"float32"} | wide <= {row["kernel"].split()[1] for row in rows}
+    assert {"float32", "float64"} <= {row["kernel"].split()[1] for row in rows}
     assert [row for row in rows if int(row["loads_128"]) < least] == []
 
 

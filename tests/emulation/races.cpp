@@ -21,9 +21,10 @@ std::vector<float> floats(size_t count, float low = -1) {
 constexpr int kFloat = 1;
 constexpr double kEps = 1e-6;
 
-// A batch grouped by class, pairs of its classes, features and moments, and rows for all pairs.
+// A batch grouped by class, with as many groups as two samples each allow, most of them empty,
+// pairs of its classes, features and moments, and rows for all pairs.
 struct Problem {
-  int64_t batch = 70, classes = 9, groups = classes, dims = 9, rows = 70, top_m = 20;
+  int64_t batch = 70, classes = 9, groups = batch / 2, dims = 9, rows = 70, top_m = 20;
   std::vector<int64_t> targets, order, offsets = {0}, present, pairs;
   std::vector<float> logits = floats(batch * classes), z = floats(batch * dims);
   std::vector<float> mean = floats(rows * 40), var = floats(rows * 40, 0.1f);
@@ -40,13 +41,13 @@ struct Problem {
       for (int64_t d = c + 1; d < classes && std::ssize(pairs) < 2 * top_m; ++d)
         pairs.insert(pairs.end(), {c, d});
     }
+    offsets.resize(groups + 1, batch);
+    present.resize(groups, -1);
   }
 
   void plan() {
-    const int64_t most = batch / 2;  // as many groups as min_count = 2 allows
-    std::vector<int64_t> starts(most + 1), found(most);
     run_plan(kFloat, logits.data(), classes, targets.data(), batch, 2, top_m, order.data(),
-             starts.data(), found.data(), pairs.data(), weights.data());
+             offsets.data(), present.data(), pairs.data(), weights.data());
   }
 
   void moments() {
@@ -76,9 +77,12 @@ struct Problem {
 
   void overlap() {
     std::vector<float> grad_mean(rows * 40), grad_var(rows * 40);
-    run_weighted_overlap(kFloat, mean.data(), var.data(), alpha.data(), rows, 40, kEps, 1, &value);
-    run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(), rows,
-                                  40, kEps, 1, grad_mean.data(), grad_var.data());
+    for (const int log : {0, 1}) {
+      run_weighted_overlap(kFloat, mean.data(), var.data(), alpha.data(), rows, 40, kEps, log,
+                           &value);
+      run_weighted_overlap_backward(kFloat, &one, &value, mean.data(), var.data(), alpha.data(),
+                                    rows, 40, kEps, log, grad_mean.data(), grad_var.data());
+    }
     run_weighted_overlap_with_gradient(kFloat, &one, mean.data(), var.data(), alpha.data(), rows,
                                        40, kEps, 0, &value, grad_mean.data(), grad_var.data());
   }
