@@ -36,8 +36,9 @@ first_python = $(shell for python in $(foreach version,$(1),python$(version) \
 	do $$python -c "import venv, ensurepip" 2>/dev/null && echo $$python && exit; done; echo $(PYTHON))
 PYTHON_oldest ?= $(call first_python,$(PYTHONS))
 PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV))
-TORCH_TESTS := $(patsubst %,test_%.py,ops loss compile amp backends distributed cwbr \
-	cpu_regularizer cpu_arguments)
+TORCH_TESTS := test_compile.py test_amp.py test_distributed.py overlap/test_loss.py \
+	balanced/test_cwbr.py \
+	$(patsubst %,operations/test_%.py,ops backends cpu_regularizer cpu_arguments)
 
 # Gigabytes, so a broken connection costs a pause and the wheel that it broke, no more. The file pins
 # what it is about, which a machine's own constraints could only contradict.
@@ -90,7 +91,7 @@ soak: $(READY)
 		--build-base $(SANITIZED)/objects --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib CWBR_HOSTILE_EXAMPLES=$(N) \
-		$(VENV)/bin/pytest tests/test_hostile*.py -k cpu
+		$(VENV)/bin/pytest tests/hostile -k cpu
 
 # The API reference, into build/docs.
 docs: $(READY)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import cwbr_fused
 from benchmarks.workloads import EPS, Inputs
-from cwbr_fused.ops import OPERATIONS
+from cwbr_fused.operations.autograd import OPERATIONS
 
 # Rows of a batch that meet the bank at once: with a few bank rows each they fit a cache.
 BLOCK_ROWS = 32

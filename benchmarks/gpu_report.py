@@ -36,7 +36,7 @@ from benchmarks.gpu_report_cuda import (
     resource_usage,
     table,
 )
-from cwbr_fused import extension
+from cwbr_fused.operations import extension
 
 RESULTS = Path(__file__).parent / "results"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -14,7 +14,8 @@ from benchmarks import machine, measure
 from benchmarks.results import Row
 from benchmarks.session import BUDGET_SECONDS, CHILD_LIMIT_SECONDS, Session
 from benchmarks.workloads import EPS
-from cwbr_fused import backends, ops, reference
+from cwbr_fused import backends, reference
+from cwbr_fused.operations import autograd
 
 Sizes = dict[str, int]
 Call = Callable[[], object]
@@ -243,7 +244,9 @@ def measure_case(session: Session, case: str, with_memory: bool) -> list[Row]:
     operation, sizes = cases()[case]
     rows = []
     names = usable_backends(session.device)
-    calls = {name: operation.calls(ops.OPERATIONS[name], sizes, session.device) for name in names}
+    calls = {
+        name: operation.calls(autograd.OPERATIONS[name], sizes, session.device) for name in names
+    }
     for mode in next(iter(calls.values())) if calls else ():
         of_mode = {name: by_mode[mode] for name, by_mode in calls.items()}
         for call in of_mode.values():
@@ -278,7 +281,7 @@ def peak_extra_bytes(case: str, backend: str, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
     operation, sizes = cases()[case]
     tiny = {key: min(value, 16) for key, value in sizes.items()}
-    for call in operation.calls(ops.OPERATIONS[backend], tiny, device).values():
+    for call in operation.calls(autograd.OPERATIONS[backend], tiny, device).values():
         call()
-    calls = operation.calls(ops.OPERATIONS[backend], sizes, device)
+    calls = operation.calls(autograd.OPERATIONS[backend], sizes, device)
     return measure.peak_extra_bytes(lambda: [call() for call in calls.values()], device)

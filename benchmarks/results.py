@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import ROOT
-from cwbr_fused import extension
+from cwbr_fused.operations import extension
 
 FOLDER = ROOT / "benchmarks" / "results"
 # What the numbers depend on: committing results or documents makes none of them stale.

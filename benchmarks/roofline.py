@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.workloads import BY_NAME, REALISTIC, Workload
-from cwbr_fused import extension
+from cwbr_fused.operations import extension
 
 # Assumptions: between two small kernels of a stream, and one turn of a loop that has a barrier and
 # waits for its loads, where a single program goes through all pairs.

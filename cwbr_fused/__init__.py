@@ -1,29 +1,37 @@
 """Confusion-weighted Bhattacharyya regularization (CWBR) for fine-grained classification.
 
-    reg = cwbr_fused.loss(features, logits, targets)
-    total = cwbr_fused.scale_match(ce, reg)
+    cwbr = cwbr_fused.CWBR(num_classes)
+    features = cwbr.catch(model, ["layer2", "layer3", "layer4"])
+    for images, targets in loader:
+        logits = model(images)
+        loss = cross_entropy(logits, targets)
+        cwbr(features.feats, logits, targets)     # between forward and backward
+        loss.backward()
 
-See `cwbr_fused.reference` for the mathematics in plain PyTorch, `cwbr_fused.functional` for the
-single steps, and `cwbr_fused.backends.explain()` for what runs on this machine.
+`CWBR` is the recommended form. `loss`, `scale_match` and `ConfusionWeightedBhatReg` compute the
+published form faithfully, for study and comparison: it lowers accuracy where it was measured.
+`backends.explain()` says what runs on this machine.
 """
 
-from cwbr_fused import backends, functional, health, reference
-from cwbr_fused.cwbr import CWBR
-from cwbr_fused.features import FeatureCatcher, to_vec
-from cwbr_fused.losses import loss, scale_match
-from cwbr_fused.modules import ConfusionWeightedBhatReg
-from cwbr_fused.sampling import PKSampler
+from cwbr_fused import backends, functional, reference
+from cwbr_fused.balanced.module import CWBR
+from cwbr_fused.inputs.features import FeatureCatcher
+from cwbr_fused.inputs.pooling import to_vec
+from cwbr_fused.inputs.warning import CWBRWarning
+from cwbr_fused.overlap.loss import loss, scale_match
+from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
+from cwbr_fused.overlap.sampling import PKSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CWBR",
+    "CWBRWarning",
     "ConfusionWeightedBhatReg",
     "FeatureCatcher",
     "PKSampler",
     "backends",
     "functional",
-    "health",
     "loss",
     "reference",
     "scale_match",

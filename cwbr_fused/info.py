@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import cwbr_fused
-from cwbr_fused import backends, extension
+from cwbr_fused.operations import backends, extension
 
 # What changes behaviour from outside; CWBR_BUILD matters only while installing.
 OVERRIDES = (

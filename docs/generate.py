@@ -12,13 +12,11 @@ import pdoc
 MODULES = (
     "cwbr_fused",
     "cwbr_fused.diagnostics",
-    "cwbr_fused.distributed",
     "cwbr_fused.integrations",
-    "cwbr_fused.ops",
-    "cwbr_fused.schema",
-    "cwbr_fused.reference_backward",
-    "cwbr_fused.reference_bank",
-    "cwbr_fused.bank",
+    "cwbr_fused.balanced",
+    "cwbr_fused.overlap",
+    "cwbr_fused.operations",
+    "cwbr_fused.inputs",
     "cwbr_fused.info",
 )
 # The base classes of `cwbr_fused.integrations`, by the library that has them.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cwbr_fused import extension, reference
+from cwbr_fused import reference
+from cwbr_fused.operations import extension
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

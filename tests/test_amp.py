@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import cwbr_fused
-from cwbr_fused import backends, ops, reference, schema
+from cwbr_fused import backends, reference
+from cwbr_fused.operations import autograd, schema
 
 BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") is None]
 HALVES = [torch.float16, torch.bfloat16]
@@ -32,7 +33,7 @@ def half_samples(name: str, given: tuple[Any, ...], dtype: torch.dtype) -> tuple
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_autocast_changes_no_operation(name: str, backend: str) -> None:
-    operation = getattr(ops.OPERATIONS[backend], name)
+    operation = getattr(autograd.OPERATIONS[backend], name)
     given = operation_arguments(torch.float32, backend)[name]
     for cast_to in HALVES:
         for arguments in (given, half_samples(name, given, cast_to)):

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwbr_fused
-from cwbr_fused import backends, ops, reference
+from cwbr_fused import backends, reference
+from cwbr_fused.operations import autograd
 
 BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") is None]
 CLASSES = 9
@@ -325,7 +326,7 @@ def outcomes(world: int) -> list[dict[str, str]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_classes_of_other_processes_only_have_empty_moments(backend: str) -> None:
     z, order, offsets = torch.empty(0, 3), torch.empty(0, dtype=torch.int64), torch.zeros(6).long()
-    operations = ops.OPERATIONS[backend]
+    operations = autograd.OPERATIONS[backend]
     moments = operations.class_moments(z, order, offsets, 0.0)
     for moment in moments:
         assert torch.equal(moment, torch.zeros(5, 3))

@@ -9,37 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from cwbr_fused import schema
+from cwbr_fused.operations import schema
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "cwbr_fused"
 KERNELS = CHECKOUT / "triton_kernels"
-# A module imports those of later lines only; a folder is one entry, free within itself.
-LAYERS = (
-    {"info", "integrations"},
-    {"cwbr", "diagnostics", "modules", "sampling"},
-    {"balance", "bank", "health"},
-    {"losses"},
-    {"distributed"},
-    {"functional"},
-    {"backends", "ops", "validation"},
-    {"schema"},
-    {"reference_backward", "reference_bank"},
-    {"reference"},
-    {"extension", "features", "shrinkage", "soft_targets"},
+# A room imports rooms of lower floors only, and is free within itself.
+FLOORS = (
+    {"diagnostics", "info", "integrations"},
+    {"balanced", "overlap"},
+    {"inputs"},
+    {"operations"},
 )
+# Files that only show names of the rooms under the names that users know.
+FRONT = {"__init__", "backends", "functional", "reference"}
 # What the file of an operation may hold beside it.
 COMPANIONS = ("_backward", "_with_gradient")
 FORWARD = sorted(name for name in schema.SCHEMAS if not name.endswith(COMPANIONS))
 
 
-def modules() -> dict[str, list[Path]]:
-    """The files of each entry of LAYERS."""
+def rooms() -> dict[str, list[Path]]:
+    """The files of each room."""
     found: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         found.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
-    del found["__init__"]  # the list of public names
-    return found
+    return {name: paths for name, paths in found.items() if name not in FRONT}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -54,29 +48,43 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{package}{node.module}.{alias.name}" for alias in node.names)
 
 
-def entries(path: Path) -> set[str]:
-    """The entries of LAYERS that a file imports."""
+def entered(path: Path) -> set[str]:
+    """The rooms whose files a file imports."""
     parts = (name.split(".") for name in imported(path))
     return {name[1] for name in parts if name[0] == "cwbr_fused" and len(name) > 1}
 
 
-def test_every_module_has_its_place() -> None:
-    places = [name for layer in LAYERS for name in layer]
-    assert sorted(places) == sorted(modules())
+def test_every_room_has_its_floor() -> None:
+    assert sorted(name for floor in FLOORS for name in floor) == sorted(rooms())
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
+@pytest.mark.parametrize("name", sorted(rooms()))
 def test_imports_point_one_way(name: str) -> None:
-    place = next(index for index, layer in enumerate(LAYERS) if name in layer)
-    below = {name}.union(*LAYERS[place + 1 :])
-    for path in modules()[name]:
-        upwards = entries(path) - below
-        assert not upwards, f"{path.relative_to(CHECKOUT)} imports {sorted(upwards)}"
+    floor = next(index for index, floor in enumerate(FLOORS) if name in floor)
+    allowed = {name}.union(*FLOORS[floor + 1 :])
+    for path in rooms()[name]:
+        elsewhere = entered(path) - allowed
+        assert not elsewhere, f"{path.relative_to(CHECKOUT)} imports {sorted(elsewhere)}"
+
+
+def test_no_import_of_the_package_hides_in_a_function() -> None:
+    optional = {"figure", "page"}  # load matplotlib and Jinja2
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+        hidden = {
+            alias.name
+            for function in functions
+            for node in ast.walk(function)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cwbr_fused")
+            for alias in node.names
+        }
+        assert hidden <= optional, f"{path.relative_to(CHECKOUT)} imports {sorted(hidden)}"
 
 
 def test_kernels_know_nothing_of_the_package_and_the_package_nothing_of_what_uses_it() -> None:
     for path in KERNELS.glob("*.py"):
-        others = entries(path) - {"triton_kernels"}
+        others = entered(path) - {"triton_kernels"}
         assert not others, f"{path.name} imports {sorted(others)}"
     for path in (*PACKAGE.rglob("*.py"), *KERNELS.glob("*.py")):
         roots = {name.split(".")[0] for name in imported(path)}

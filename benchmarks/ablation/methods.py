@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import cwbr_fused
-from cwbr_fused.balance import Balance
-from cwbr_fused.bank import ClassBank
-from cwbr_fused.cwbr import CWBR
-from cwbr_fused.features import Spread
+from cwbr_fused.balanced.balance import Balance
+from cwbr_fused.balanced.bank import ClassBank
+from cwbr_fused.balanced.module import CWBR
+from cwbr_fused.inputs.pooling import Spread
 
 Features = Mapping[str, Tensor]
 Step = Callable[[Features, Tensor, Tensor, Tensor], Tensor]

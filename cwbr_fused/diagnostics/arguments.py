@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from cwbr_fused import validation
 from cwbr_fused.diagnostics.content import Report
 from cwbr_fused.diagnostics.measures import check_pairs
+from cwbr_fused.inputs import validation
 
 GRADIENTS = ("ce_norm", "reg_norm", "cosine")
 KEYS = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cwbr_fused import validation
+from cwbr_fused.inputs import validation
 
 ImageSource = Mapping[int, Tensor] | Callable[[int], Tensor | None]
 MAX_SIZE = 96

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cwbr_fused import backends, functional, reference, validation
-from cwbr_fused.ops import OPERATIONS
+from cwbr_fused.inputs import validation
+from cwbr_fused.operations import backends, reference
+from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.overlap import functional
 
 
 @torch.no_grad()

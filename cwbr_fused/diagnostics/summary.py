@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cwbr_fused import backends, losses, reference, validation
 from cwbr_fused.diagnostics.arguments import (
     GRADIENTS,
     check_step,
@@ -21,9 +20,12 @@ from cwbr_fused.diagnostics.arguments import (
     finite_list,
 )
 from cwbr_fused.diagnostics.measures import linear_probe, pair_error_rate, top_confusing_pairs
-from cwbr_fused.features import to_vec
-from cwbr_fused.ops import OPERATIONS
-from cwbr_fused.shrinkage import log_and_inverse_mean
+from cwbr_fused.inputs import validation
+from cwbr_fused.inputs.pooling import to_vec
+from cwbr_fused.operations import backends, reference
+from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.overlap import loss
+from cwbr_fused.overlap.adjustments import log_and_inverse_mean
 
 SHOWN_CLASSES = 40  # of the confusion matrix
 
@@ -133,7 +135,7 @@ def report(
 
     dtype = reference.accumulation_dtype(logits.dtype)
     ce = float(cross_entropy(logits.to(dtype), targets.long()))
-    reg = float(losses.loss(vectors, logits, targets, top_m=top_m, **options))
+    reg = float(loss.loss(vectors, logits, targets, top_m=top_m, **options))
     return {
         "step": step,
         "samples": len(targets),

@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-from cwbr_fused.losses import loss, scale_match
+from cwbr_fused.overlap.loss import loss, scale_match
 
 __all__ = ["RegularizedTrainer"]
 

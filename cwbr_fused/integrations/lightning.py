@@ -42,9 +42,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cwbr_fused.features import FeatureCatcher
-from cwbr_fused.losses import scale_match
-from cwbr_fused.modules import ConfusionWeightedBhatReg
+from cwbr_fused.inputs.features import FeatureCatcher
+from cwbr_fused.overlap.loss import scale_match
+from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

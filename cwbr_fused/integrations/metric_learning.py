@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cwbr_fused import validation
-from cwbr_fused.modules import ConfusionWeightedBhatReg
+from cwbr_fused.inputs import validation
+from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 
 
 class ConfusionWeightedBhatLoss(nn.Module):

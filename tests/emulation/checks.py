@@ -9,8 +9,9 @@ import torch
 from kernel_inputs import EPS, TOLERANCE, randn, regularizer_with_moments
 from torch import Tensor
 
-from cwbr_fused import reference, schema
-from cwbr_fused.reference import accumulation_dtype
+from cwbr_fused import reference
+from cwbr_fused.operations import schema
+from cwbr_fused.operations.reference import accumulation_dtype
 
 from .harness import Emulator
 

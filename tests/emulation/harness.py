@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cwbr_fused.reference import accumulation_dtype
+from cwbr_fused.operations.reference import accumulation_dtype
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "csrc" / "cuda"
@@ -58,7 +58,7 @@ class EmulationError(RuntimeError):
 
 
 class Emulator:
-    """The operations of `cwbr_fused.schema.SCHEMAS` on an emulated GPU.
+    """The operations of `cwbr_fused.operations.schema.SCHEMAS` on an emulated GPU.
 
     Attributes:
         seed: picks the order of threads and blocks.

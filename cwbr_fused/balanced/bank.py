@@ -1,0 +1,89 @@
+"""What `CWBR` remembers of each layer: a mean for every class, and the variances they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.reference_bank import floored
+
+# The moving average of the variances; about how many updates they remember is 1 / (1 - this).
+VARIANCE_MOMENTUM = 0.95
+# Keeps dimensions that hardly vary from dominating: a share of the mean variance of the layer.
+VARIANCE_FLOOR = 1e-3
+
+
+class ClassBank(nn.Module):
+    """Exponential moving class means of one layer, for all C classes, and a pooled variance.
+
+    Memory is C (D + 1) + D numbers; nothing is ever C x C. A class's mean is the plain average of
+    its samples until that moves slower than `1 - momentum` per update. The variance is that of
+    samples about the mean their class had before them, so one sample per class is enough. Samples
+    that are not finite, or whose squares are not, change nothing.
+
+    Args:
+        num_classes: C.
+        dims: D.
+        momentum: how much of a mean is kept when its class occurs again.
+
+    Buffers, float32 (float64 after `.double()`):
+        mean: (C, D).
+        count: (C,) samples seen of each class.
+        var: (D,), 0 until a class occurs for the second time.
+        updates: scalar, how often `var` was updated.
+    """
+
+    mean: Tensor
+    count: Tensor
+    var: Tensor
+    updates: Tensor
+
+    def __init__(self, num_classes: int, dims: int, momentum: float, **factory: Any) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(num_classes, dims, **factory))
+        self.register_buffer("count", torch.zeros(num_classes, **factory))
+        self.register_buffer("var", torch.zeros(dims, **factory))
+        self.register_buffer("updates", torch.zeros((), **factory))
+
+    def metric(self) -> Tensor:
+        """(D,) the variances with a floor, all > 0; 1 while there are none."""
+        return floored(self.var, VARIANCE_FLOOR)
+
+    def observe(
+        self, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor, backend: str = "reference"
+    ) -> tuple[Tensor, Tensor]:
+        """Updates the variance from the moments of a batch; the means move by `follow`.
+
+        Args:
+            classes: (K,) int64, distinct but for negative ones, which are left out.
+            size: (K,) how many samples, or how much weight, of each.
+            mean, var: (K, D) of the samples of each; variances may be 0.
+
+        Returns:
+            (K,) the weights of the moves that are due, and `metric()`.
+        """
+        results: tuple[Tensor, Tensor] = OPERATIONS[backend].observe_classes(
+            self.mean,
+            self.count,
+            self.var,
+            self.updates,
+            classes,
+            size.to(self.count.dtype),
+            mean,
+            var,
+            VARIANCE_MOMENTUM,
+            VARIANCE_FLOOR,
+        )
+        return results
+
+    def follow(
+        self, classes: Tensor, weight: Tensor, mean: Tensor, backend: str = "reference"
+    ) -> None:
+        """Moves the means towards those of the batch, with the weights that `observe` returned."""
+        OPERATIONS[backend].follow_classes(
+            self.mean, self.count, classes, weight, mean, self.momentum
+        )

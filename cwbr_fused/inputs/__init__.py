@@ -1,0 +1,1 @@
+"""What users hand over: features, their pooling, targets, and the checks of all of them."""

@@ -1,0 +1,123 @@
+"""Pooling: the raw output of a layer to one vector per sample, and the gradient back."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+def to_vec(
+    feat: Tensor,
+    *,
+    pool: Literal["cls", "mean"] | None = None,
+    num_prefix_tokens: int = 1,
+    channels_last: bool = False,
+) -> Tensor:
+    """Pool the raw output of a layer to one vector per sample.
+
+    | shape of `feat` | result |
+    |---|---|
+    | (B, D) | `feat` itself, not a copy |
+    | (B, N, D) | tokens: the CLS token, or the mean of the tokens after the prefix |
+    | (B, C, H, W) | (B, C), the global average pool |
+    | (B, H, W, C) | with `channels_last=True`: (B, C), the global average pool |
+
+    The rank decides, so the output of a 1-d convolution, (B, C, L), would be read as tokens: pool
+    it first. Differentiable, keeps the dtype, traces under `torch.compile(fullgraph=True)`.
+
+    Args:
+        feat: a floating-point tensor of 2, 3 or 4 dimensions.
+        pool: for tokens only: `"cls"` takes the first token, `"mean"` the mean of the tokens
+            after the prefix. None: `"cls"` if there is a prefix, else `"mean"`.
+        num_prefix_tokens: for tokens only: how many tokens of the N are no image patches, the CLS
+            token first (`model.num_prefix_tokens` in timm: CLS and registers). 0 says that there
+            is no CLS token; so for `forward_intermediates(..., output_fmt="NLC")`, which cuts
+            the prefix off.
+        channels_last: for maps only: the *shape* is (B, H, W, C), as in Swin. It has nothing to do
+            with `torch.channels_last`, which is a memory format of (B, C, H, W).
+
+    Raises:
+        TypeError: `feat` is not a floating-point tensor.
+        ValueError: another rank, no positions to pool over, an unknown `pool`, a CLS token asked
+            for where there is none, or a `num_prefix_tokens` that N does not allow.
+
+    Example:
+        >>> to_vec(torch.ones(2, 64, 7, 7)).shape
+        torch.Size([2, 64])
+        >>> to_vec(torch.ones(2, 201, 32), pool="mean", num_prefix_tokens=5).shape
+        torch.Size([2, 32])
+    """
+    if not isinstance(feat, Tensor):
+        raise TypeError(
+            f"feat must be one tensor, got {type(feat).__name__}: of a layer with several outputs "
+            "pass the one to regularize"
+        )
+    if not feat.is_floating_point():
+        raise TypeError(f"feat must be floating-point, got {feat.dtype} of {_shape(feat)}")
+    if pool not in (None, "cls", "mean"):
+        raise ValueError(f"pool must be 'cls', 'mean' or None, got {pool!r}")
+    if feat.ndim == 2:
+        return feat
+    if feat.ndim == 3:
+        return _pool_tokens(feat, pool, num_prefix_tokens)
+    if feat.ndim != 4:
+        raise ValueError(
+            "feat must be (B, D), tokens (B, N, D), a map (B, C, H, W), or with channels_last=True "
+            f"a map (B, H, W, C); got {_shape(feat)}"
+        )
+    spatial = (1, 2) if channels_last else (2, 3)
+    if feat.shape[spatial[0]] == 0 or feat.shape[spatial[1]] == 0:
+        raise ValueError(f"feat has no positions to average over: {_shape(feat)}")
+    return feat.mean(spatial)
+
+
+def _pool_tokens(feat: Tensor, pool: str | None, num_prefix_tokens: int) -> Tensor:
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must be >= 0, got {num_prefix_tokens}")
+    if pool == "cls" and num_prefix_tokens == 0:
+        raise ValueError("pool='cls' needs a CLS token, but num_prefix_tokens=0 says there is none")
+    takes_cls = pool == "cls" or (pool is None and num_prefix_tokens > 0)
+    needed = num_prefix_tokens + (0 if takes_cls else 1)
+    if feat.shape[1] < needed:
+        raise ValueError(
+            f"feat must have at least {needed} tokens for num_prefix_tokens={num_prefix_tokens}, "
+            f"got (B, N, D) = {_shape(feat)}"
+        )
+    return feat[:, 0] if takes_cls else feat[:, num_prefix_tokens:].mean(1)
+
+
+class Spread(NamedTuple):
+    """The gradient of a pooled vector at what it was pooled from, without its copies.
+
+    gradient: broadcasts over the part of the feature that was pooled.
+    part: which positions of the second dimension these are.
+    """
+
+    gradient: Tensor
+    part: slice
+
+
+def spread(
+    grad: Tensor,
+    feat: Tensor,
+    *,
+    pool: Literal["cls", "mean"] | None = None,
+    num_prefix_tokens: int = 1,
+    channels_last: bool = False,
+) -> Spread:
+    """The backward pass of `to_vec(feat, ...)` for `grad` (B, D), of the same options."""
+    if feat.ndim == 2:
+        return Spread(grad, slice(None))
+    if feat.ndim == 3:
+        if pool == "cls" or (pool is None and num_prefix_tokens > 0):
+            return Spread(grad[:, None], slice(1))
+        patches = feat.shape[1] - num_prefix_tokens
+        return Spread(grad[:, None] / patches, slice(num_prefix_tokens, None))
+    positions = feat.shape[1:3] if channels_last else feat.shape[2:]
+    mean = grad / positions.numel()
+    return Spread(mean[:, None, None] if channels_last else mean[:, :, None, None], slice(None))
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"

@@ -1,0 +1,238 @@
+"""Argument checks: each error names the argument, what it was, and what was expected.
+
+They run before any kernel starts and never wait for a GPU: the range of the targets is read on the
+CPU only; GPU kernels assert it on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cwbr_fused.inputs.pooling import to_vec
+
+OBJECTIVES = ("overlap", "log_overlap")
+
+
+def describe(value: object) -> str:
+    """A short account of what an argument was."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_float_tensor(name: str, value: object, shape: str) -> None:
+    """A floating-point tensor with the dimensions that `shape` names, such as "(K, D)" or "()"."""
+    expected = f"a tensor of shape {shape}" if shape != "()" else "a scalar tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.dim() != len([size for size in shape[1:-1].split(",") if size]):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
+
+
+def check_index_tensor(name: str, value: object, length: int | None, what: str) -> None:
+    """A (length,) integer tensor; `what` says which length was expected and why, with {n} for it.
+
+    Sizes are formatted only where a check fails: torch.compile takes a formatted size for a
+    constant, and would compile anew for every batch size.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {what.format(n=length)}, got {describe(value)}")
+    if value.dim() != 1 or (length is not None and value.shape[0] != length):
+        hint = ""
+        if value.dim() == 2 and value.dtype.is_floating_point:
+            hint = "; soft targets are for cwbr_fused.loss and CWBR, pass class indices"
+        raise ValueError(
+            f"{name}: expected shape {what.format(n=length)}, got {describe(value)}{hint}"
+        )
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer dtype, got {describe(value)}")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` on the device of `other`."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_eps(eps: object) -> None:
+    """A finite number above 0."""
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps: expected a number, got {describe(eps)}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
+
+
+def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
+    """An int >= 1; `otherwise` names what else the caller takes."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int{otherwise}, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1{otherwise}, got {value!r}")
+
+
+def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """A finite number with low <= value <= high."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not (low <= value <= high and math.isfinite(value)):
+        expected = f"a finite number >= {low}" if high == math.inf else f"{low} <= {name} <= {high}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_options(top_m: object, eps: object, objective: object, min_count: object = 1) -> None:
+    """The keywords of `cwbr_fused.loss` that every function of its kind shares."""
+    if top_m is not None:
+        check_positive_int("top_m", top_m, " or None for all pairs")
+    check_positive_int("min_count", min_count)
+    check_eps(eps)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+
+
+def check_adjustment(
+    temperature: object, shrinkage: object, noise_floor: object, min_count: object = 2
+) -> None:
+    """The keywords of `cwbr_fused.loss` that change the plain formulas."""
+    for name, value, words in (
+        ("temperature", temperature, ("dims",)),
+        ("shrinkage", shrinkage, ("analytic", "pooled")),
+    ):
+        if value is None or (isinstance(value, str) and value in words):
+            continue
+        expected = f"expected None, a finite number > 0 or one of {words}"
+        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            raise TypeError(f"{name}: {expected}, got {describe(value)}")
+        if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: {expected}, got {value!r}")
+    if not isinstance(noise_floor, bool):
+        raise TypeError(f"noise_floor: expected a bool, got {describe(noise_floor)}")
+    if noise_floor and shrinkage is None and min_count == 1:
+        raise ValueError(
+            "min_count: expected at least 2 with noise_floor and no shrinkage, as one sample has "
+            "no variance, got 1"
+        )
+
+
+def check_group(group: object) -> None:
+    """None, "world", or a process group that this process belongs to."""
+    if group is None or (isinstance(group, str) and group == "world"):
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group: expected None, 'world' or a torch.distributed.ProcessGroup that this process "
+            f"belongs to, got {describe(group)}"
+        )
+
+
+def check_batch(logits: object, targets: object) -> None:
+    """logits (B, C) and targets (B,) in [0, C), on one device."""
+    check_float_tensor("logits", logits, "(B, C)")
+    assert isinstance(logits, Tensor)
+    batch, classes = logits.shape
+    check_index_tensor("targets", targets, batch, "(B,) = ({n},), as logits has B = {n}")
+    assert isinstance(targets, Tensor)
+    check_same_device("targets", targets, "logits", logits)
+    check_range("targets", targets, 0, classes, "as logits has C = {high} columns")
+
+
+def check_any_targets(logits: object, targets: object) -> bool:
+    """logits (B, C) with class indices (B,) or soft targets (B, C); whether they are soft."""
+    if is_soft(targets):
+        assert isinstance(targets, Tensor)
+        check_soft_batch(logits, targets)
+        return True
+    check_batch(logits, targets)
+    return False
+
+
+def is_soft(targets: object) -> bool:
+    """Whether targets are meant as class probabilities (B, C) instead of indices (B,)."""
+    return isinstance(targets, Tensor) and targets.dim() == 2 and targets.dtype.is_floating_point
+
+
+def check_soft_batch(logits: object, targets: Tensor) -> None:
+    """logits (B, C) and soft targets (B, C), finite and not negative, on one device."""
+    check_float_tensor("logits", logits, "(B, C)")
+    assert isinstance(logits, Tensor)
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"targets: expected (B,) class indices or (B, C) probabilities, with logits a "
+            f"{describe(logits)}, got {describe(targets)}"
+        )
+    check_same_device("targets", targets, "logits", logits)
+    what = "finite values >= 0 as soft targets"
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(((targets >= 0) & targets.isfinite()).all(), f"targets: {what}")
+    elif targets.numel() > 0:
+        smallest, largest = (float(bound) for bound in targets.detach().aminmax())
+        if not (smallest >= 0 and math.isfinite(largest)):
+            raise ValueError(f"targets: expected {what}, got values from {smallest} to {largest}")
+
+
+def check_range(name: str, values: Tensor, low: int, high: int, why: str) -> None:
+    """low <= values < high; `why` may name {high}. Reads the values, so only those on the CPU."""
+    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+        return
+    smallest, largest = (int(bound) for bound in values.aminmax())
+    if smallest < low or largest >= high:
+        raise ValueError(
+            f"{name}: expected values in [{low}, {high}), {why.format(high=high)}, "
+            f"got values from {smallest} to {largest}"
+        )
+
+
+def feature_vectors(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+) -> list[Tensor]:
+    """One (B, D) vector tensor per layer, from whatever form the features came in."""
+    return [to_vec(layer) for layer in named_layers(features, logits).values()]
+
+
+def named_layers(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+) -> dict[str, Tensor]:
+    """The layers by name: keys of a mapping, indices of a sequence, "features" for a tensor."""
+    if isinstance(features, Tensor):
+        named = {"features": ("features", features)}
+    elif isinstance(features, Mapping):
+        named = {str(k): (f"features[{k!r}]", layer) for k, layer in features.items()}
+    elif isinstance(features, Sequence) and not isinstance(features, str):
+        named = {str(i): (f"features[{i}]", layer) for i, layer in enumerate(features)}
+    else:
+        raise TypeError(
+            "features: expected a tensor, a sequence or a mapping of tensors, "
+            f"got {describe(features)}"
+        )
+    if not named:
+        raise ValueError(f"features: expected at least one layer, got an empty {type(features)}")
+    for label, layer in named.values():
+        _check_layer(label, layer, logits)
+    return {name: layer for name, (_, layer) in named.items()}
+
+
+def _check_layer(name: str, layer: object, logits: Tensor) -> None:
+    if not isinstance(layer, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(layer)}")
+    if layer.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"{name}: expected shape (B, D), (B, N, D) or (B, C, H, W), got {describe(layer)}"
+        )
+    if not layer.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(layer)}")
+    batch = logits.shape[0]
+    if layer.shape[0] != batch:
+        raise ValueError(
+            f"{name}: expected B = {batch} samples, as logits has, got {describe(layer)}"
+        )
+    if 0 in layer.shape[1:]:
+        raise ValueError(f"{name}: expected no empty dimension but B, got {describe(layer)}")
+    check_same_device(name, layer, "logits", logits)

@@ -1,0 +1,1 @@
+"""What both forms stand on: the operations, their definitions and their backends."""

@@ -1,0 +1,86 @@
+"""Which implementation runs, and why not another.
+
+- `reference`: pure PyTorch; any device, every floating dtype.
+- `cpu`: C++ kernels, for tensors on the CPU.
+- `triton`: Triton kernels, for GPUs; on the CPU under TRITON_INTERPRET=1.
+- `cuda`: CUDA C++ kernels, for NVIDIA GPUs.
+
+`backend="auto"` takes the first usable of cpu (CPU), or cuda, triton (GPU), then reference. The
+environment variable CWBR_BACKEND replaces "auto" by a name of your choice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from cwbr_fused.operations import extension
+
+__all__ = ["NAMES", "check", "explain", "rejection", "resolve"]
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+# Asked once, here, because torch.compile cannot trace the question.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def rejection(name: str, device_type: str) -> str | None:
+    """Why backend `name` cannot serve tensors on `device_type`; None where it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return _triton_rejection(device_type)
+    if device_type != name:
+        return f"it serves tensors on {name!r}, not on {device_type!r}"
+    return extension.missing(name)
+
+
+def _triton_rejection(device_type: str) -> str | None:
+    if not _TRITON_INSTALLED:
+        return "the package triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cuda" or (device_type == "cpu" and interpreted):
+        return None
+    return f"it serves GPU tensors (CPU tensors under TRITON_INTERPRET=1), not {device_type!r}"
+
+
+def check(backend: str) -> str:
+    """`backend` itself, with "auto" replaced by CWBR_BACKEND where that is set."""
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("CWBR_BACKEND", "auto"), "CWBR_BACKEND"
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"{source}: expected 'auto' or one of {NAMES}, got {backend!r}")
+    return backend
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """The name of the backend that runs for tensors on `device_type`.
+
+    Raises:
+        ValueError: `backend` is unknown, or was named but cannot serve this device.
+    """
+    backend = check(backend)
+    if backend == "auto":
+        return _first_usable(device_type)
+    reason = rejection(backend, device_type)
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
+    return backend
+
+
+def _first_usable(device_type: str) -> str:
+    """Triton's interpreter, far slower than the reference, is taken only by name."""
+    names = [name for name in NAMES if (name, device_type) != ("triton", "cpu")]
+    return next(name for name in names if rejection(name, device_type) is None)
+
+
+def explain(device_type: str = "cpu") -> str:
+    """One line per backend, in the order in which "auto" tries them: chosen, usable, or why not."""
+    chosen = resolve("auto", device_type)
+    lines = []
+    for name in NAMES:
+        reason = rejection(name, device_type)
+        verdict = f"rejected: {reason}" if reason else "chosen" if name == chosen else "usable"
+        lines.append(f"{name:9} {verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,294 @@
+"""The steps of the regularizer one by one, on any backend, for those who build their own.
+
+    classes, mu, var, counts, inv = class_stats_diag(z, y)
+    alpha = confusion_alpha(logits, y, classes, inv)
+    loss = bhat_confusion_loss(mu, var, alpha, top_m=64)
+
+computes what `cwbr_fused.loss(z, logits, y)` does in fewer kernels; and
+
+    classes, mu, var, counts, inv = class_stats_diag(z, y, min_count=1)
+    var, intensity = shrink_variance(var, counts, "analytic")
+    alpha = confusion_alpha(logits, y, classes, inv)
+    loss = bhat_confusion_loss(mu, var, alpha, temperature="dims", noise_floor=(counts, intensity))
+
+what it does with `min_count=1, shrinkage="analytic", temperature="dims", noise_floor=True`. The
+number of classes in the batch is a shape here, so on a GPU `class_stats_diag` waits for it;
+`cwbr_fused.loss` does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cwbr_fused.inputs import validation
+from cwbr_fused.operations import backends, reference
+from cwbr_fused.operations.autograd import (
+    OPERATIONS,
+    AllPairDistance,
+    ClassMoments,
+    PairDistance,
+    weighted_overlap,
+)
+from cwbr_fused.overlap import adjustments
+from cwbr_fused.overlap.adjustments import (
+    Noise,
+    Pairs,
+    Shrinkage,
+    Temperature,
+    adjusted_distance,
+    every_pair,
+    overlap_distance,
+)
+
+__all__ = [
+    "bhat_confusion_loss",
+    "bhattacharyya_diag",
+    "class_stats_diag",
+    "confusion_alpha",
+    "shrink_variance",
+]
+
+
+def class_stats_diag(
+    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean and biased diagonal variance of each class of a batch.
+
+    Args:
+        z: (B, D) features; gradients of mu and var flow to it.
+        y: (B,) integer classes.
+        eps: variances are at least this.
+        min_count: classes with fewer samples are left out.
+        backend: see `cwbr_fused.loss`.
+
+    Returns:
+        classes: (K,) int64, ascending.
+        mu, var: (K, D) each, float32 (float64 for float64 features).
+        counts: (K,) int64 samples of each class.
+        inv: (B,) int64 with `classes[inv] == y`; -1 for samples of classes left out.
+    """
+    validation.check_float_tensor("z", z, "(B, D)")
+    validation.check_index_tensor("y", y, z.shape[0], "(B,) = ({n},), as z has B = {n}")
+    validation.check_same_device("y", y, "z", z)
+    validation.check_eps(eps)
+    validation.check_positive_int("min_count", min_count)
+    name = backends.resolve(backend, z.device.type)
+    order, offsets, classes = OPERATIONS[name].group_by_class(y, min_count)
+    mean, var = ClassMoments.apply(z, order, offsets, eps, name)
+    used = int((classes != -1).sum())
+    group = reference.sample_groups(order, offsets)
+    inv = torch.where(group < used, group, -1)
+    return classes[:used], mean[:used], var[:used], offsets.diff()[:used], inv
+
+
+def confusion_alpha(
+    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """How much softmax mass the classes of a batch lend each other; no gradient.
+
+    `alpha = (P + P^T)/2` with a zero diagonal, `P[k, j]` the mean of `softmax(logits)[:, j]` over
+    the samples of class k, for the classes of the batch.
+
+    Args:
+        logits: (B, C).
+        y: (B,) integer classes.
+        classes, inv: (K,) and (B,), from `class_stats_diag`.
+        backend: see `cwbr_fused.loss`.
+
+    Returns:
+        alpha: (K, K), float32 (float64 for float64 logits).
+    """
+    validation.check_batch(logits, y)
+    validation.check_index_tensor("classes", classes, None, "(K,)")
+    validation.check_index_tensor("inv", inv, logits.shape[0], "(B,) = ({n},), as logits has")
+    for label, value in (("classes", classes), ("inv", inv)):
+        validation.check_same_device(label, value, "logits", logits)
+    columns, groups = logits.shape[1], classes.shape[0]
+    validation.check_range("classes", classes, 0, columns, "as logits has C = {high} columns")
+    validation.check_range("inv", inv, -1, groups, "as classes has K = {high}")
+    name = backends.resolve(backend, logits.device.type)
+    order, offsets = reference.groups_of_inverse(inv, groups)
+    alpha: Tensor = OPERATIONS[name].confusion_weights(logits.detach(), order, offsets, classes)
+    return alpha
+
+
+def shrink_variance(
+    var: Tensor, counts: Tensor, shrinkage: Shrinkage = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Unbiased class variances, shrunk to the pooled within-class variance.
+
+    With `f_k = n_k - 1`, `s2_k = n_k var_k / f_k`, and `p = sum_k f_k s2_k / sum_k f_k`
+
+        v_k = (1 - l_k) s2_k + l_k p,    clamped to at least eps
+
+    `cwbr_fused.overlap.adjustments` has the intensity l, and its sources.
+
+    Args:
+        var: (K, D) biased variances, from `class_stats_diag`; gradients flow to it.
+        counts: (K,) samples of each class.
+        shrinkage: None for l = 0, a number q > 0 of pseudo-counts for `l_k = q/(f_k + q)`,
+            "analytic" for the intensity of least estimated squared error, "pooled" for l = 1. With
+            any but None a class of one sample takes the pooled variance; with None it has eps.
+        eps: the smallest variance, the one of `class_stats_diag`: a var not above it counts as 0.
+            Where it is active no gradient passes.
+
+    Returns:
+        var: (K, D).
+        intensity: (K,), no gradient.
+    """
+    validation.check_float_tensor("var", var, "(K, D)")
+    _check_of_classes("counts", counts, var)
+    validation.check_adjustment(None, shrinkage, False)
+    validation.check_eps(eps)
+    variance, intensity = adjustments.shrink_variance(var, counts, shrinkage, eps)
+    return variance, intensity
+
+
+def _check_of_classes(name: str, value: object, moments: Tensor) -> None:
+    """One number for each of the K classes that `moments` (K, D) has."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor (K,), got {validation.describe(value)}")
+    if value.shape != moments.shape[:1]:
+        raise ValueError(
+            f"{name}: expected shape (K,) = ({moments.shape[0]},), as var has, "
+            f"got {validation.describe(value)}"
+        )
+    validation.check_same_device(name, value, "var", moments)
+
+
+def _check_adjustment(temperature: Temperature, noise_floor: Noise | None, var: Tensor) -> None:
+    validation.check_adjustment(temperature, None, False)
+    if noise_floor is None:
+        return
+    if not isinstance(noise_floor, tuple) or len(noise_floor) != 2:
+        raise TypeError(
+            "noise_floor: expected None or a pair (counts, intensity), "
+            f"got {validation.describe(noise_floor)}"
+        )
+    for name, value in zip(("counts", "intensity"), noise_floor, strict=True):
+        _check_of_classes(f"noise_floor: {name}", value, var)
+
+
+def _check_moments(mu: Tensor, var: Tensor, eps: float) -> None:
+    validation.check_float_tensor("mu", mu, "(K, D)")
+    validation.check_float_tensor("var", var, "(K, D)")
+    if mu.shape != var.shape or mu.dtype != var.dtype:
+        raise ValueError(
+            "var: expected the shape and dtype of mu, a "
+            f"{validation.describe(mu)}, got {validation.describe(var)}"
+        )
+    validation.check_same_device("var", var, "mu", mu)
+    validation.check_eps(eps)
+
+
+def _accumulated(mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the accumulation dtype, which the pair kernels take."""
+    dtype = reference.accumulation_dtype(mu.dtype)
+    return mu.to(dtype), var.to(dtype)
+
+
+def select_pairs(alpha: Tensor, top_m: int | None, eps: float, backend: str) -> Pairs:
+    """The `top_m` pairs of largest alpha, or all, and how `backend` measures them."""
+    if top_m is None:
+        i, j = reference.upper_pairs(alpha)
+        return Pairs(
+            i, j, alpha[i, j], lambda m, v: AllPairDistance.apply(m, v, eps, backend)[i, j]
+        )
+    pairs, weights = OPERATIONS[backend].top_pairs(alpha, top_m)
+    i, j = pairs.unbind(1)
+    return Pairs(i, j, weights, lambda m, v: PairDistance.apply(m, v, pairs, eps, backend))
+
+
+def bhattacharyya_diag(
+    mu: Tensor,
+    var: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str = "auto",
+    temperature: Temperature = None,
+    noise_floor: Noise | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Bhattacharyya distance and overlap of all pairs of diagonal Gaussians.
+
+    `D_ij = sum_d (mu_i - mu_j)^2/(8 s) + log(s)/2 - log(u_i)/4 - log(u_j)/4` with `u = var + eps`
+    and `s = (u_i + u_j)/2`; `rho = exp(-D)`. The K x K x D tensor is never made.
+
+    Args:
+        mu, var: (K, D) each; gradients flow to both.
+        eps: added to the variances.
+        backend, temperature: see `cwbr_fused.loss`.
+        noise_floor: the `counts` of `class_stats_diag` and the `intensity` of `shrink_variance`, of
+            which var then comes: D is corrected by what the sampling of that many adds to it. It
+            may then be negative, where `rho = 1 - D`.
+
+    Returns:
+        D, rho: (K, K) each, symmetric, with diagonals 0 and 1.
+    """
+    _check_moments(mu, var, eps)
+    _check_adjustment(temperature, noise_floor, var)
+    name = backends.resolve(backend, mu.device.type)
+    mean, variance = _accumulated(mu, var)
+    if temperature is None and noise_floor is None:
+        distance = AllPairDistance.apply(mean, variance, eps, name)
+        return distance, torch.exp(-distance)
+    groups = mu.shape[0]
+    pairs = every_pair(groups, mu.device, lambda m, v: AllPairDistance.apply(m, v, eps, name))
+    flat = adjusted_distance(pairs, mean, variance, eps, temperature, noise_floor)
+    distance = flat.view(groups, groups)
+    return distance, torch.exp(-overlap_distance(distance))
+
+
+def bhat_confusion_loss(
+    mu: Tensor,
+    var: Tensor,
+    alpha: Tensor,
+    top_m: int | None = 64,
+    eps: float = 1e-6,
+    *,
+    objective: str = "overlap",
+    backend: str = "auto",
+    temperature: Temperature = None,
+    noise_floor: Noise | None = None,
+) -> Tensor:
+    """Confusion-weighted overlap of one layer: `sum(alpha rho) / max(sum(alpha), eps)`.
+
+    Over the `top_m` pairs i < j of largest alpha, ties to the smaller (i, j); over all pairs, never
+    stored, when `top_m` is None or there are no more. No gradient to alpha.
+
+    Args:
+        mu, var: (K, D) each; gradients flow to both.
+        alpha: (K, K) symmetric; its upper triangle is read.
+        top_m: how many pairs; None for all.
+        eps: added to the variances, and the smallest normaliser.
+        objective, backend, temperature: see `cwbr_fused.loss`. With a temperature or a noise floor
+            all pairs are stored, if all are asked for.
+        noise_floor: see `bhattacharyya_diag`.
+
+    Returns:
+        A scalar.
+    """
+    validation.check_options(top_m, eps, objective)
+    _check_moments(mu, var, eps)
+    _check_adjustment(temperature, noise_floor, var)
+    groups = mu.shape[0]
+    validation.check_float_tensor("alpha", alpha, "(K, K)")
+    if alpha.shape != (groups, groups):
+        raise ValueError(
+            f"alpha: expected shape (K, K) = ({groups}, {groups}), as mu has K = {groups}, "
+            f"got {validation.describe(alpha)}"
+        )
+    validation.check_same_device("alpha", alpha, "mu", mu)
+    name = backends.resolve(backend, mu.device.type)
+    mean, variance = _accumulated(mu, var)
+    alpha = alpha.detach().to(mean.dtype)
+    log = objective == "log_overlap"
+    if temperature is not None or noise_floor is not None:
+        chosen = select_pairs(alpha, top_m, eps, name)
+        adjusted = adjusted_distance(chosen, mean, variance, eps, temperature, noise_floor)
+        return reference.overlap(overlap_distance(adjusted), chosen.weights, eps, log)
+    if top_m is None or top_m >= groups * (groups - 1) // 2:
+        return weighted_overlap(mean, variance, alpha, eps, log, name)
+    pairs, weights = OPERATIONS[name].top_pairs(alpha, top_m)
+    distance = PairDistance.apply(mean, variance, pairs, eps, name)
+    return reference.overlap(distance, weights, eps, log)

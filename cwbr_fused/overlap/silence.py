@@ -1,0 +1,214 @@
+"""Warnings for a regularizer that does nothing, or not what it should, with what to do about it.
+
+`ConfusionWeightedBhatReg` looks at its batch in the first training call and in every 100th after
+it, the only ones that wait for the device; each cause is reported once per module. `PKSampler`
+reports what its arguments leave out, when it is made. To turn them into errors, or off:
+
+    warnings.simplefilter("error", cwbr_fused.CWBRWarning)  # or "ignore"
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cwbr_fused.inputs import soft_targets, validation
+from cwbr_fused.inputs.warning import CWBRWarning
+from cwbr_fused.operations import backends
+from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.distributed import process_group
+from cwbr_fused.overlap.adjustments import Adjustment, Shrinkage, Temperature, shrink_variance
+from cwbr_fused.overlap.loss import Steps, common_vectors, single_steps
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SILENT_PAIRS = 0.5  # of the chosen pairs
+CLAMPED_VARIANCES = 0.5  # of those of the used classes
+USABLE_CLASSES = 0.1  # of the classes in the batch
+SMALL_VALUE = 1e-6  # the eps of `scale_match`
+
+INSTEAD = (
+    "Use cwbr_fused.CWBR, whose distances do not underflow and whose weight follows the gradients; "
+    "or objective='log_overlap', which keeps a gradient that may outweigh the cross-entropy's."
+)
+
+
+class HealthCheck:
+    """When to look, and what was reported already.
+
+    Args:
+        check_every: looks at the first training call and at every so-many-th; None: never.
+    """
+
+    def __init__(self, check_every: int | None) -> None:
+        if check_every is not None:
+            validation.check_positive_int("check_every", check_every, " or None for no checks")
+        self.check_every = check_every
+        self.calls = 0
+        self.reported: set[str] = set()
+
+    def due(self, value: Tensor) -> bool:
+        """Counts a training call that returned `value`; whether this one is to be looked at.
+
+        Calls that do not run now are not counted: compiled ones, those captured in a CUDA graph,
+        those of fake tensors, which have no values.
+        """
+        if torch.compiler.is_compiling() or self.check_every is None:
+            return False
+        if not torch.is_grad_enabled() or type(value) is not Tensor or value.is_meta:
+            return False
+        if value.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        self.calls += 1
+        return (self.calls - 1) % self.check_every == 0
+
+    def warn(self, causes: Mapping[str, str]) -> None:
+        """Warns of the causes not reported yet, on behalf of the caller of the module's caller."""
+        for cause, text in causes.items():
+            if cause not in self.reported:
+                self.reported.add(cause)
+                # Above this: forward, two frames of nn.Module's call, and the line that made it.
+                warnings.warn(f"ConfusionWeightedBhatReg: {text}", CWBRWarning, stacklevel=5)
+
+
+@torch.no_grad()
+def causes_in_batch(
+    value: Tensor,
+    features: Mapping[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    top_m: int | None,
+    min_count: int,
+    eps: float,
+    objective: str,
+    backend: str,
+    group: ProcessGroup | Literal["world"] | None,
+    temperature: Temperature,
+    shrinkage: Shrinkage,
+    noise_floor: bool,
+) -> dict[str, str]:
+    """What is wrong with a batch, by cause: "classes", "underflow", "scale" or "clamp".
+
+    Takes the same operations as the loss, and waits for the device. Of a group of processes, whose
+    joint statistics are not kept, only the value is judged.
+
+    Args:
+        value: what `cwbr_fused.loss` returned for the other arguments, which are its own.
+    """
+    if _has_peers(group):
+        return {} if objective == "log_overlap" else _cause_in_value(value.item())
+    name = backends.resolve(backend, logits.device.type)
+    vectors = common_vectors(features, logits)
+    adjustment = Adjustment(temperature, shrinkage, noise_floor)
+    steps = single_steps(vectors, logits, targets, top_m, min_count, eps, name, adjustment)
+    variances = steps.var
+    if shrinkage is not None:
+        variances = [shrink_variance(v, steps.counts, shrinkage, eps)[0] for v in variances]
+    present = _classes_present(targets, name)
+    batch = _measured(value, list(features), steps, variances, present, eps)
+
+    causes = {}
+    if batch.usable < max(2, USABLE_CLASSES * batch.present):
+        causes["classes"] = (
+            f"{batch.usable:.0f} of the {batch.present:.0f} classes in this batch have "
+            f"min_count={min_count} samples: "
+            f"{'the regularizer is 0' if batch.usable < 2 else 'the others are left out'}. Draw "
+            "batches with cwbr_fused.PKSampler, or use cwbr_fused.CWBR, which needs one sample per "
+            "class."
+        )
+    if batch.usable < 2:
+        return causes
+    if objective == "overlap":
+        if layers := _above(SILENT_PAIRS, batch.silent):
+            causes["underflow"] = (
+                f"the overlap exp(-D) of the chosen pairs of classes underflows to 0 in {layers}: "
+                f"those have no gradient. {INSTEAD}"
+            )
+        else:
+            causes |= _cause_in_value(batch.value)
+    if layers := _above(CLAMPED_VARIANCES, batch.clamped):
+        causes["clamp"] = (
+            f"class variances are at eps={eps:g} or below it in {layers}: these dimensions are "
+            "constant within a class, as dead ones are, or small beside eps. Take the features "
+            "before the activation, another layer, or a smaller eps"
+            + (", or shrinkage for classes of one sample." if min_count == 1 else ".")
+        )
+    return causes
+
+
+class _Measured(NamedTuple):
+    """A batch in numbers: its classes, the regularizer, and of each layer the share of chosen pairs
+    without overlap and of variances at eps."""
+
+    usable: float
+    present: float
+    value: float
+    silent: dict[str, float]
+    clamped: dict[str, float]
+
+
+def _measured(
+    value: Tensor,
+    layers: list[str],
+    steps: Steps,
+    variances: list[Tensor],
+    present: Tensor,
+    eps: float,
+) -> _Measured:
+    """All numbers in one wait for the device."""
+    used, chosen = steps.counts > 0, steps.weights > 0
+    silent = (torch.exp(-steps.distance) == 0) & chosen
+    clamped = [((var <= eps) & used[:, None]).sum(0).double().mean() for var in variances]
+    numbers = [
+        used.sum(),
+        present,
+        value,
+        *(silent.sum(1) / chosen.sum().clamp(min=1)),
+        *(count / used.sum().clamp(min=1) for count in clamped),
+    ]
+    usable, classes, reg, *shares = torch.stack([n.double() for n in numbers]).tolist()
+    silent_shares = dict(zip(layers, shares[: len(layers)], strict=True))
+    clamped_shares = dict(zip(layers, shares[len(layers) :], strict=True))
+    return _Measured(usable, classes, reg, silent_shares, clamped_shares)
+
+
+def _has_peers(group: ProcessGroup | Literal["world"] | None) -> bool:
+    if group is None:
+        return False
+    return process_group(group) is not None
+
+
+def _classes_present(targets: Tensor, backend: str) -> Tensor:
+    """How many classes the batch has a sample of, a scalar."""
+    if validation.is_soft(targets):
+        classes = soft_targets.membership(targets, 1).classes
+    else:
+        _, _, classes = OPERATIONS[backend].group_by_class(targets, 1)
+    return (classes >= 0).sum()
+
+
+def _above(limit: float, shares: Mapping[str, float]) -> str:
+    """The layers whose share is above the limit, with it; empty if none is."""
+    return ", ".join(f"{name} ({share:.0%})" for name, share in shares.items() if share > limit)
+
+
+def _cause_in_value(reg: float) -> dict[str, str]:
+    """What the value of the published form, an overlap in [0, 1], tells by itself."""
+    if reg == 0:
+        return {
+            "scale": "the regularizer is exactly 0 and adds nothing: the overlaps or the confusion "
+            f"weights of this batch underflow, or fewer than two classes are usable. {INSTEAD}"
+        }
+    if 0 < reg < SMALL_VALUE:
+        return {
+            "scale": f"the regularizer is {reg:.1e}, below the eps={SMALL_VALUE:g} of scale_match, "
+            f"which multiplies it by {1 / (reg + SMALL_VALUE):.0e} times the cross-entropy: what "
+            f"is left of it rests on the pairs of least distance alone. {INSTEAD}"
+        }
+    return {}
