@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cwbr_fused
-from cwbr_fused import backends, functional
+from cwbr_fused import functional
+from cwbr_fused.operations import backends
 
 # Triton's operations have the CPU's schemas, hence its graphs; interpreted they take a minute.
 BACKENDS = [n for n in ("cpu", "reference") if backends.rejection(n, "cpu") is None]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cwbr_fused import backends
+from cwbr_fused.operations import backends
 
 
 def test_auto_on_the_cpu_takes_the_compiled_kernels_else_the_reference() -> None:

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cwbr_fused
-from cwbr_fused import backends, functional, reference
+from cwbr_fused import functional, reference
+from cwbr_fused.operations import backends
 
 BACKENDS = [name for name in backends.NAMES if backends.rejection(name, "cpu") is None]
 # Triton's kernels take a second, interpreted on the CPU.

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cwbr_fused import ConfusionWeightedBhatReg, PKSampler, backends
+from cwbr_fused import ConfusionWeightedBhatReg, PKSampler
 from cwbr_fused.inputs.warning import CWBRWarning
-from cwbr_fused.operations import distributed
+from cwbr_fused.operations import backends
 from cwbr_fused.overlap import silence
 from cwbr_fused.overlap.silence import HealthCheck
 
@@ -154,7 +154,7 @@ def test_soft_targets_are_judged_by_their_weights(caught: list[warnings.WarningM
 
 
 def test_of_a_group_of_processes_only_the_value_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "process_group", lambda group: object())
+    monkeypatch.setattr(silence, "process_group", lambda group: object())
     options: dict[str, Any] = {"group": "world", "top_m": 8, "min_count": 2, "eps": 1e-6}
     options |= {"backend": "auto", "temperature": None, "shrinkage": None, "noise_floor": False}
 
