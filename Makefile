@@ -11,9 +11,13 @@ PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout
 install: $(READY)
 
 # The compiled kernels are rebuilt whenever a source of theirs is newer than the environment.
-$(READY): requirements-dev.txt requirements-test.txt pyproject.toml setup.py $(shell find csrc -type f)
+# One call of pip for all requirements, so that none of them replaces the torch that they name.
+REQUIREMENTS := requirements-dev.txt requirements-test.txt requirements-integrations.txt
+TORCHVISION := $(addprefix tests/tools/torchvision_on_cpu/torchvision_on_cpu,.py .pth)
+$(READY): $(REQUIREMENTS) $(TORCHVISION) pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) $(PIP) -r requirements-dev.txt
+	$(PY) $(PIP) --no-compile -r requirements-dev.txt -r requirements-integrations.txt
+	cp $(TORCHVISION) "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	touch $(READY)
 
