@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, scratch
+from .common import SIZES_OF_A_BATCH, launch, scratch
 from .pair_tiles import launch_partial, store_symmetric, tile_distance, tile_is_needed
 from .pair_tiles_backward import launch_pairs_backward, pair_gradients
 
 TILE = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _distance_kernel(
     partial, n_tiles, parts, groups, distance, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -27,7 +27,7 @@ def _distance_kernel(
     store_symmetric(distance, groups, x, ROWS, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _symmetric_backward_kernel(grad, groups, out, pitch, TILE: tl.constexpr):
     """Program (tile of rows, tile of columns): grad + grad^T with a zero diagonal.
 

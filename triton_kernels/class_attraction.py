@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import launch, scratch, with_unit_stride
+from .common import SIZES_OF_A_BATCH, launch, scratch, with_unit_stride
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES_OF_A_BATCH)
 def _class_attraction_kernel(
     z,
     stride,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import launch, scratch, with_unit_stride
+from .common import SIZES_OF_A_BATCH, launch, scratch, with_unit_stride
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def group_moments(z, stride, dims, order, start, end, d, ACC: tl.constexpr, ROWS
     return tl.where(start < end, origin + mean, 0), squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _moments_kernel(
     layers, order, offsets, counter, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -90,7 +90,7 @@ def store_ungrouped_zeros(grad_z, dims, order, offsets, groups, batch, d):
         tl.store(grad_z + sample * dims + d, tl.zeros(d.shape, grad_z.dtype.element_ty), d < dims)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _moments_backward_kernel(
     grad_mean,
     grad_var,
@@ -150,7 +150,7 @@ def launch_moments(
     )
     options = tuning.moments(max(widths), features[0])
     grid = (groups, triton.cdiv(max(widths), options["BLOCK"]), len(layers))
-    _moments_kernel[grid](layers, order, offsets, counter, EPS=eps, **options)
+    launch(_moments_kernel, grid, layers, order, offsets, counter, EPS=eps, **options)
     return mean, var
 
 
@@ -175,7 +175,7 @@ def class_moments_backward(
     batch, dims = z.shape
     groups = offsets.shape[0] - 1
     if groups == 0:
-        return torch.zeros_like(z)
+        return torch.zeros_like(z, memory_format=torch.contiguous_format)
     z = with_unit_stride(z)
     grad_z = scratch(z, batch, dims)
     options = tuning.moments_backward(dims, z)

@@ -17,6 +17,20 @@ from . import tuning
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
+# Arguments that differ from batch to batch. Triton would compile a kernel again where one of them
+# is 1 or a multiple of 16; as it is, one binary serves all of them.
+SIZES_OF_A_BATCH = (
+    "batch",
+    "blocks",
+    "groups",
+    "n_copies",
+    "n_pairs",
+    "n_tiles",
+    "parts",
+    "slices_per_program",
+    "top_m",
+)
+
 
 def with_unit_stride(x: Tensor) -> Tensor:
     """x (N, D) itself where its rows are contiguous (whatever their stride), else a copy."""
@@ -36,8 +50,14 @@ def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tens
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start `kernel`, with products and sums fused whatever this Triton's default is."""
-    kernel[grid](*args, enable_fp_fusion=True, **options)
+    """Start `kernel` on the device of its tensors, which need not be the current one.
+
+    Products and sums are fused whatever this Triton's default is. Kernels with assertions do not
+    get Triton's checks of integer overflow as well.
+    """
+    on = next(arg for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device_of(on):
+        kernel[grid](*args, enable_fp_fusion=True, sanitize_overflow=False, **options)
 
 
 @triton.jit
@@ -52,8 +72,8 @@ def last_to_arrive(counter):
 
 
 @triton.jit
-def sum_of(values, size, BLOCK: tl.constexpr, CACHE: tl.constexpr = ""):
-    """The sum of `size` numbers, in an order that BLOCK alone decides."""
+def sum_of(values, size, BLOCK: tl.constexpr, CACHE: tl.constexpr):
+    """The sum of `size` numbers, in an order that BLOCK alone decides; CACHE as in `tl.load`."""
     total = tl.zeros([BLOCK], values.dtype.element_ty)
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -62,14 +82,14 @@ def sum_of(values, size, BLOCK: tl.constexpr, CACHE: tl.constexpr = ""):
 
 
 @triton.jit
-def quarter(var, EPS: tl.constexpr):
-    """u/4 for u = var + eps: the sum of two of them is in the number format whatever var is."""
-    return var * 0.25 + EPS * 0.25
+def eighth(var, EPS: tl.constexpr):
+    """u/8 for u = var + eps: the sum of two has a normal reciprocal however large var is."""
+    return var * 0.125 + EPS * 0.125
 
 
 def approximate(x: Tensor) -> bool:
     """Whether the hardware's approximate float32 reciprocal and logarithm are to be used."""
-    return x.dtype == torch.float32 and tuning.architecture().startswith("cuda")
+    return x.dtype == torch.float32 and tuning.architecture(x.device).startswith("cuda")
 
 
 @triton.jit

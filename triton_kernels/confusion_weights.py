@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import accumulation_dtype
-from .common import launch, scratch, with_unit_stride
+from .common import SIZES_OF_A_BATCH, launch, scratch, with_unit_stride
 
 COLUMNS = 64
 TILE = 32
@@ -36,7 +36,7 @@ def _softmax_statistics(logits, row, inside, n_classes, ACC: tl.constexpr, BLOCK
     return peak, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _mean_probs_kernel(
     logits,
     stride,
@@ -73,7 +73,7 @@ def _mean_probs_kernel(
             tl.store(at, before + share, mask=j < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _symmetrise_kernel(mean_probs, classes, groups, alpha, TILE: tl.constexpr):
     """alpha = (P + P^T)/2 with a zero diagonal; zero for empty groups, whose P is not read."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -115,5 +115,5 @@ def confusion_weights(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
     alpha = scratch(mean_probs, *mean_probs.shape)
     groups = classes.shape[0]
     tiles = triton.cdiv(groups, TILE)
-    _symmetrise_kernel[(tiles, tiles)](mean_probs, classes, groups, alpha, TILE=TILE)
+    launch(_symmetrise_kernel, (tiles, tiles), mean_probs, classes, groups, alpha, TILE=TILE)
     return alpha

@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import launch, require_contiguous
+from .common import SIZES_OF_A_BATCH, launch, require_contiguous
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES_OF_A_BATCH)
 def _follow_classes_kernel(
     mean,
     count,

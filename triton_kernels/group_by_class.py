@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, scratch
+from .common import SIZES_OF_A_BATCH, launch, scratch
 
 TILE = 32
 OTHERS = 128
 BLOCK = 1024
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES_OF_A_BATCH)
 def _rank_kernel(
     targets,
     stride,
@@ -58,7 +58,7 @@ def _rank_kernel(
     tl.store(is_first_at + place, (equal_before == 0).to(tl.int32), mask=index < batch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _layout_kernel(
     targets,
     stride,
@@ -114,7 +114,8 @@ def launch_group_by_class(
     order, offsets, classes = (
         scratch(targets, n, dtype=torch.int64) for n in (batch, groups + 1, groups)
     )
-    sorted_samples = scratch(targets, 3, batch, dtype=torch.int32)
+    # Rows of whole tiles, so that each is aligned, whatever the batch.
+    sorted_samples = scratch(targets, 3, triton.cdiv(batch, TILE) * TILE, dtype=torch.int32)
     stride = targets.stride(0)
     launch(
         _rank_kernel,

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import last_to_arrive, launch, require_contiguous, scratch, sum_of
+from .common import SIZES_OF_A_BATCH, last_to_arrive, launch, require_contiguous, scratch, sum_of
 
 SUM_BLOCK = 1024
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES_OF_A_BATCH)
 def _class_weights_kernel(
     count,
     n_classes,
@@ -57,7 +57,7 @@ def _class_weights_kernel(
         tl.store(known + k, tl.where(seen > 0, w, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _scatter_kernel(
     mean,
     classes,
@@ -74,7 +74,7 @@ def _scatter_kernel(
     """Program (part, block of dimensions): what ROWS classes add to the weighted mean scatter."""
     part = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_of(known, groups, SUM_BLOCK)
+    total = sum_of(known, groups, SUM_BLOCK, "")
     k = part * ROWS + tl.arange(0, ROWS)
     w = tl.load(known + k, mask=k < groups, other=0)
     row = tl.load(classes + k, mask=w > 0, other=0)
@@ -105,7 +105,7 @@ def _store_metric(var, dims, metric, FLOOR: tl.constexpr, TINY: tl.constexpr, BL
         tl.store(metric + d, tl.where(level > 0, raised, 1), mask=d < dims)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _variances_kernel(
     partial,
     parts,
@@ -131,7 +131,7 @@ def _variances_kernel(
         part = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (part < parts) & (d < dims)[None, :]
         sums += tl.load(partial + part * dims + d[None, :], mask=inside, other=0)
-    any_known = sum_of(known, groups, SUM_BLOCK) > 0
+    any_known = sum_of(known, groups, SUM_BLOCK, "") > 0
     number = tl.load(updates) + tl.where(any_known, 1, 0)
     pace = tl.maximum(1 / tl.maximum(number, 1), tl.full([], LEAST_PACE, ACC))
     before = tl.load(var + d, mask=d < dims, other=0)

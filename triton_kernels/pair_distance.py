@@ -12,7 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_reciprocal, launch, log1p_of_scaled, quarter, scratch
+from .common import (
+    SIZES_OF_A_BATCH,
+    approximate,
+    eighth,
+    fast_reciprocal,
+    launch,
+    log1p_of_scaled,
+    scratch,
+)
 
 LIST_BLOCK = 1024
 
@@ -23,7 +31,7 @@ def distance_of_rows(
 ):
     """Bhattacharyya distance of rows i and j: `delta^2/(4 S) + log1p(spread)/4` summed over d.
 
-    With S = u_i + u_j and spread = (u_i - u_j)^2/(4 u_i u_j). In terms of q = u/4, whose sums and
+    With S = u_i + u_j and spread = (u_i - u_j)^2/(4 u_i u_j). In terms of q = u/8, whose sums and
     reciprocals do not leave the number format; spread might, and is formed divided by 2^BITS.
     """
     BITS: tl.constexpr = 510 if mean.dtype.element_ty == tl.float64 else 74
@@ -31,13 +39,13 @@ def distance_of_rows(
     for first in range(0, dims, BLOCK):
         d = first + tl.arange(0, BLOCK)
         inside = d < dims
-        q_i = quarter(tl.load(var + i * dims + d, mask=inside, other=1), EPS)
-        q_j = quarter(tl.load(var + j * dims + d, mask=inside, other=1), EPS)
+        q_i = eighth(tl.load(var + i * dims + d, mask=inside, other=1), EPS)
+        q_j = eighth(tl.load(var + j * dims + d, mask=inside, other=1), EPS)
         delta = tl.load(mean + i * dims + d, mask=inside, other=0) - tl.load(
             mean + j * dims + d, mask=inside, other=0
         )
-        four_over_s = fast_reciprocal(q_i + q_j, APPROXIMATE)
-        total += delta * (delta * (four_over_s / 4))
+        eight_over_s = fast_reciprocal(q_i + q_j, APPROXIMATE)
+        total += delta * (delta * (eight_over_s / 8))
         excess = (q_i - q_j) * 0.5 ** (BITS // 2 + 1)
         excess_i = excess * fast_reciprocal(q_i, APPROXIMATE)
         excess_j = excess * fast_reciprocal(q_j, APPROXIMATE)
@@ -45,7 +53,7 @@ def distance_of_rows(
     return tl.sum(total, 0) / 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _pair_distance_kernel(
     mean,
     var,
@@ -101,33 +109,33 @@ def row_gradient(
     """dL/dmean[row] and dL/dvar[row] at dimensions d, for weights dL/dD of the pairs.
 
     With S = u_i + u_j and t = (mean_i - mean_j)/S: `t/2` and `((u_i - u_j)/(S u_i) - t^2)/4`; in
-    terms of q = u/4, whose reciprocals are numbers for every u.
+    terms of q = u/8, whose reciprocals are numbers for every u.
     """
     inside = d < dims
     mean_i = tl.load(mean + row * dims + d, mask=inside, other=0)
-    q_i = quarter(tl.load(var + row * dims + d, mask=inside, other=1), EPS)
-    inverse_i = 4 * fast_reciprocal(q_i, APPROXIMATE)
+    q_i = eighth(tl.load(var + row * dims + d, mask=inside, other=1), EPS)
+    inverse_i = 8 * fast_reciprocal(q_i, APPROXIMATE)
     by_mean = tl.zeros(d.shape, mean_i.dtype)
     by_var = tl.zeros(d.shape, mean_i.dtype)
     for slot in range(tl.load(starts + row), tl.load(starts + row + 1)):
         entry = tl.load(entries + slot)
         partner = tl.load(pairs + (entry ^ 1))
         weight = tl.load(weights + entry // 2)
-        q_j = quarter(tl.load(var + partner * dims + d, mask=inside, other=1), EPS)
+        q_j = eighth(tl.load(var + partner * dims + d, mask=inside, other=1), EPS)
         inverse = fast_reciprocal(q_i + q_j, APPROXIMATE)
-        t4 = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
-        by_mean += weight * t4
-        by_var += weight * ((q_i - q_j) * inverse * inverse_i - t4 * t4)
-    return by_mean / 8, by_var / 64
+        t8 = (mean_i - tl.load(mean + partner * dims + d, mask=inside, other=0)) * inverse
+        by_mean += weight * t8
+        by_var += weight * ((q_i - q_j) * inverse * inverse_i - t8 * t8)
+    return by_mean / 16, by_var / 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _list_kernel(pairs, n_pairs, starts, entries, BLOCK: tl.constexpr):
     """Program: one row."""
     list_pairs_of_row(tl.program_id(0), pairs, n_pairs, starts, entries, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _pair_distance_backward_kernel(
     mean,
     var,
@@ -188,7 +196,7 @@ def pair_distance_backward(
     rows, dims = mean.shape
     starts, entries = pair_lists(pairs, rows)
     grad_mean, grad_var = scratch(mean, rows, dims), scratch(mean, rows, dims)
-    _list_kernel[(rows,)](pairs, pairs.shape[0], starts, entries, BLOCK=LIST_BLOCK)
+    launch(_list_kernel, (rows,), pairs, pairs.shape[0], starts, entries, BLOCK=LIST_BLOCK)
     options = tuning.pair_distance_backward(dims, mean)
     launch(
         _pair_distance_backward_kernel,

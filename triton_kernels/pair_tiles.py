@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_log2, fast_reciprocal, launch, scratch
+from .common import SIZES_OF_A_BATCH, approximate, fast_log2, fast_reciprocal, launch, scratch
 
 GROUP = tl.constexpr(8)
 PACK = 32
@@ -55,7 +55,7 @@ def _is_wide(mean, u):
     return tl.max(tl.max(outside.to(tl.int32), 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _pack_kernel(
     mean,
     var,
@@ -199,7 +199,7 @@ def _any_wide(
     return found > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _tile_kernel(
     mean_t,
     u_t,
@@ -301,7 +301,7 @@ def launch_partial(mean: Tensor, var: Tensor, eps: float) -> Partial:
     """The distances in parts, and a counter that is 0."""
     mean, var = mean.contiguous(), var.contiguous()
     start = partial(_launch_tiles, mean, var, eps)
-    return start(tuning.choose("all pairs", (*mean.shape,), tuning.all_pairs(mean), start))
+    return start(tuning.choose("all pairs", mean, tuning.all_pairs(mean), start))
 
 
 def _launch_tiles(mean: Tensor, var: Tensor, eps: float, options: tuning.Options) -> Partial:

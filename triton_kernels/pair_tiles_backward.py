@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .common import approximate, fast_reciprocal, launch, quarter, scratch
+from .common import SIZES_OF_A_BATCH, approximate, eighth, fast_reciprocal, launch, scratch
 
 # Gradients of pairs are padded with zeros to whole blocks of rows.
 PITCH = 16
@@ -53,8 +53,8 @@ def _visit_block(
     """Rows i (ROWS, TILES) meet the ROWS rows from first_j (TILES,) on.
 
     With G = grad[j, i], r = 1/(u_i + u_j), t = r (mean_i - mean_j) and x = r (u_i - u_j), a pair
-    adds 4 G t, G x and 16 G t^2 to the sums of i, and -4 G t and -G (x + u_j t^2) to those of j:
-    in terms of q = u/4, whose sums and reciprocals do not leave the number format.
+    adds 8 G t, G x and 64 G t^2 to the sums of i, and -8 G t and -G (x + u_j t^2) to those of j:
+    in terms of q = u/8, whose sums and reciprocals do not leave the number format.
     """
     at = tl.minimum(first_j, groups - 1).to(tl.int64)[:, None] * dims + read_d
     mean_at, var_at = mean + at, var + at
@@ -64,17 +64,17 @@ def _visit_block(
     for row in range(ROWS):
         weight = tl.load(weight_at)[:, :, None]
         mean_j = tl.load(mean_at)
-        q_j = quarter(tl.load(var_at), EPS)
+        q_j = eighth(tl.load(var_at), EPS)
         mean_sum_j, log_sum_j = tl.load(mean_sum), tl.load(log_sum)
-        r4 = fast_reciprocal(q_i + q_j[None], APPROXIMATE)
-        t4 = r4 * (mean_i - mean_j[None])
-        x = r4 * (q_i - q_j[None])
-        weighted = weight * t4
+        r8 = fast_reciprocal(q_i + q_j[None], APPROXIMATE)
+        t8 = r8 * (mean_i - mean_j[None])
+        x = r8 * (q_i - q_j[None])
+        weighted = weight * t8
         by_mean += weighted
         by_excess += weight * x
-        by_square += weighted * t4
+        by_square += weighted * t8
         mean_sum_j -= tl.sum(weighted, 0)
-        log_sum_j -= tl.sum(weight * x, 0) + q_j / 4 * tl.sum(weighted * t4, 0)
+        log_sum_j -= tl.sum(weight * x, 0) + q_j / 8 * tl.sum(weighted * t8, 0)
         tl.store(mean_sum, mean_sum_j, mask=counts_for_j)
         tl.store(log_sum, log_sum_j, mask=counts_for_j)
         # Beyond the last row the weights are 0: any row will do.
@@ -87,7 +87,7 @@ def _visit_block(
     return by_mean, by_excess, by_square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _pairs_backward_kernel(
     grad,
     pitch,
@@ -107,7 +107,7 @@ def _pairs_backward_kernel(
 ):
     """Program (block of dimensions, share of the turns): its copy of the sums.
 
-    A copy has, `plane` elements apart, the sums of 4 G t and of G (r (u_i - u_j) - u_i t^2). Each
+    A copy has, `plane` elements apart, the sums of 8 G t and of G (r (u_i - u_j) - u_i t^2). Each
     warp has a block of rows; between turns, which may write to the same rows, all wait.
     """
     # Were adjacent dimensions known to be adjacent in memory, Triton would give a lane four of
@@ -130,7 +130,7 @@ def _pairs_backward_kernel(
         i = block[None, :] * ROWS + in_block
         at = tl.minimum(i, groups - 1).to(tl.int64)[:, :, None] * dims + read_d
         mean_i = tl.load(mean + at)
-        q_i = quarter(tl.load(var + at), EPS)
+        q_i = eighth(tl.load(var + at), EPS)
         by_mean, by_excess, by_square = zeros, zeros, zeros
         for turn in range(tl.program_id(1), blocks // 2 + 1, tl.num_programs(1)):
             # Where blocks meet twice the sums of j are left to the other visit.
@@ -161,13 +161,13 @@ def _pairs_backward_kernel(
             )
             tl.debug_barrier()
         here = sums + i.to(tl.int64)[:, :, None] * width + d
-        by_log = by_excess - q_i / 4 * by_square
+        by_log = by_excess - q_i / 8 * by_square
         tl.store(here, tl.load(here) + by_mean, mask=mine[None, :, None])
         tl.store(here + plane, tl.load(here + plane) + by_log, mask=mine[None, :, None])
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _sum_copies_kernel(
     copies,
     n_copies,
@@ -182,7 +182,7 @@ def _sum_copies_kernel(
 ):
     """Program (row, block of dimensions): adds the copies in order.
 
-    By mean: an eighth of their first sum; by var: a quarter of their second over u.
+    By mean: a sixteenth of their first sum; by var: a eighth of their second over u.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -195,7 +195,7 @@ def _sum_copies_kernel(
         by_log += tl.load(at + plane, mask=inside, other=0)
     at = row * dims + d
     u = tl.load(var + at, mask=inside, other=1) + EPS
-    tl.store(grad_mean + at, by_mean / 8, mask=inside)
+    tl.store(grad_mean + at, by_mean / 16, mask=inside)
     tl.store(grad_var + at, by_log / u / 4, mask=inside)
 
 
@@ -215,7 +215,7 @@ def launch_pairs_backward(
     mean, var = mean.contiguous(), var.contiguous()
     start = partial(_launch_pairs_backward, grad, mean, var, eps)
     candidates = tuning.all_pairs_backward(mean)
-    return start(tuning.choose("all pairs backward", (*mean.shape,), candidates, start))
+    return start(tuning.choose("all pairs backward", mean, candidates, start))
 
 
 def _launch_pairs_backward(

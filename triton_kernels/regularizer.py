@@ -11,7 +11,15 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import launch_moments, store_feature_gradient, store_ungrouped_zeros
-from .common import approximate, last_to_arrive, launch, scratch, sum_of, with_unit_stride
+from .common import (
+    SIZES_OF_A_BATCH,
+    approximate,
+    last_to_arrive,
+    launch,
+    scratch,
+    sum_of,
+    with_unit_stride,
+)
 from .pair_distance import (
     LIST_BLOCK,
     distance_of_rows,
@@ -68,7 +76,7 @@ def _overlap(
 def _mean_overlap(
     n_layers, distance, weights, n_pairs, EPS: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr
 ):
-    total = sum_of(weights, n_pairs, BLOCK)
+    total = sum_of(weights, n_pairs, BLOCK, "")
     overlap = total * 0
     for layer in range(n_layers):
         row = distance + layer * n_pairs
@@ -76,7 +84,7 @@ def _mean_overlap(
     return overlap / n_layers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _value_kernel(
     layers,
     pairs,
@@ -116,7 +124,7 @@ def _store_pair_gradients(
     BLOCK: tl.constexpr,
 ):
     """dL/dD of one layer: `-scale w exp(-D)/max(sum(w), eps)`, or -scale softmax(log(w) - D)."""
-    total = sum_of(weights, n_pairs, BLOCK)
+    total = sum_of(weights, n_pairs, BLOCK, "")
     if LOG:
         peak, mass = _log_sum_exp(distance, weights, n_pairs, BLOCK)
     for first in range(0, n_pairs, BLOCK):
@@ -131,7 +139,7 @@ def _store_pair_gradients(
         tl.store(grad_distance + m, -scale * share, mask=m < n_pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _prepare_backward_kernel(
     grad,
     n_layers,
@@ -160,7 +168,7 @@ def _prepare_backward_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _feature_gradient_kernel(
     layers,
     order,
@@ -268,7 +276,7 @@ def regularizer_backward(
     """Gradients (B, D_l) with respect to each layer's features, for a scalar grad."""
     groups, n_pairs, n_layers = offsets.shape[0] - 1, pairs.shape[0], len(features)
     if n_pairs == 0:
-        return [torch.zeros_like(z) for z in features]
+        return [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in features]
     grad_distance = scratch(distance, n_layers, n_pairs)
     starts, entries = pair_lists(pairs, groups)
     launch(

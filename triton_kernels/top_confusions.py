@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import tuning
 from .class_moments import accumulation_dtype
-from .common import launch, scratch, with_unit_stride
+from .common import SIZES_OF_A_BATCH, launch, scratch, with_unit_stride
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _replace_smallest(kept, kept_class, x, chosen):
     return tl.where(out, x, kept), tl.where(out, chosen, kept_class)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES_OF_A_BATCH)
 def _top_confusions_kernel(
     logits,
     stride,

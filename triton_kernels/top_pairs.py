@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, scratch
+from .common import SIZES_OF_A_BATCH, launch, scratch
 
 BLOCK_BYTES = 16384
 SHARE_BYTES = 512
 WARPS = 16
+# Beyond it a pair's number leaves int32.
+MOST_GROUPS = 1 << 15
 DIGIT = tl.constexpr(8)
 BINS = tl.constexpr(256)
 
@@ -36,7 +38,7 @@ def _key(weight, UNSIGNED: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _pair(p, n):
-    """(i, j) of the p-th pair i < j of n < 2^15 rows, row by row.
+    """(i, j) of the p-th pair i < j of n <= MOST_GROUPS rows, row by row.
 
     Counted from the end, the row that is r-th from the last begins at r (r + 1)/2.
     """
@@ -217,7 +219,7 @@ def _take(
     return n_chosen + tl.sum(take.to(tl.int32), 0), n_equal + tl.sum(equal, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _top_pairs_kernel(
     matrix,
     classes,
@@ -314,6 +316,12 @@ def _top_pairs_kernel(
     tl.store(weights + rank, weight, mask=slot < top_m)
 
 
+def require_few_groups(name: str, groups: int) -> None:
+    """Raises ValueError where the argument `name` has more class groups than fit the indices."""
+    if groups > MOST_GROUPS:
+        raise ValueError(f"{name}: expected at most {MOST_GROUPS} class groups, got {groups}")
+
+
 def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tuple[Tensor, Tensor]:
     """Top pairs of alpha (K, K); or, where `classes` (K,) is given, of P from `mean_probs`."""
     groups = matrix.shape[0]
@@ -349,4 +357,5 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
 
 def top_pairs(alpha: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
     """The M pairs i < j (M, 2) of largest alpha (K, K) and their weights (M,)."""
+    require_few_groups("alpha", alpha.shape[0])
     return launch_top_pairs(alpha.contiguous(), None, top_m)

@@ -24,11 +24,18 @@ WARPS_PER_PROCESSOR = 24
 _fastest: dict[str, int] = {}
 
 
-def architecture() -> str:
+def architecture(device: torch.device) -> str:
     """Such as "cuda 90" or "hip gfx942"; "interpreter" where no device compiles the kernels."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    return _architecture(device, triton.runtime.driver.active)
+
+
+@cache
+def _architecture(device: torch.device, driver: Any) -> str:
+    """Of tensors on the CPU, of which a test may compile kernels, the driver's own."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        target = driver.get_current_target()
     return f"{target.backend} {target.arch}"
 
 
@@ -106,8 +113,8 @@ def all_pairs(mean: Tensor) -> tuple[Options, ...]:
     groups = mean.shape[0]
     guess = narrow if groups <= 256 else middle if groups <= 512 else wide
     tiles = (guess, *(t for t in (narrow, middle, wide) if t is not guess))
-    # Left alone, ptxas stops at 168 registers on Blackwell and spills.
-    extra = {"maxnreg": 240} if warps == 1 and architecture() == "cuda 100" else {}
+    # Left alone, ptxas keeps a warp to 168 registers on some architectures and spills.
+    extra = {"maxnreg": 240} if warps == 1 and architecture(mean.device).startswith("cuda") else {}
     return tuple(tile | extra for tile in tiles)
 
 
@@ -124,7 +131,7 @@ def all_pairs_backward(mean: Tensor) -> tuple[Options, ...]:
     More warps share one copy of the sums; fewer waste less where blocks of rows are few.
     """
     rows = 16 if mean.dtype == torch.float32 else 8
-    lanes = 64 if architecture().startswith("hip") else 32
+    lanes = 64 if architecture(mean.device).startswith("hip") else 32
     groups = mean.shape[0]
     guess = 2 if groups < 256 else 4 if groups < 512 else 8
     tiles = (guess, *(t for t in (2, 4, 8) if t != guess))
@@ -150,18 +157,19 @@ def sum_of_copies(dims: int, mean: Tensor) -> Options:
 
 
 def choose(
-    name: str, sizes: tuple[int, ...], candidates: tuple[Options, ...], start: Callable[..., Any]
+    name: str, mean: Tensor, candidates: tuple[Options, ...], start: Callable[..., Any]
 ) -> Options:
     """The first of the candidates; with CWBR_TRITON_AUTOTUNE=1 the fastest on this device.
 
     Args:
-        name, sizes: of the problem; times are taken once for each and kept in Triton's cache.
+        name, mean: the problem; times are taken once for each name, size, dtype and architecture
+            and kept in Triton's cache.
         start: launches the work with given options. Timing waits for the device, so warm up before
             capturing a CUDA graph.
     """
     if os.environ.get("CWBR_TRITON_AUTOTUNE") != "1":
         return candidates[0]
-    key = f"{name} {architecture()} {sizes} {candidates}"
+    key = f"{name} {architecture(mean.device)} {mean.dtype} {(*mean.shape,)} {candidates}"
     file = Path(triton.knobs.cache.dir) / "cwbr_fused_autotune.json"
     if not _fastest and file.exists():
         _fastest.update(json.loads(file.read_text()))

@@ -6,12 +6,11 @@ value and gradient are wanted together the distances are computed once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import last_to_arrive, launch, scratch
+from .common import SIZES_OF_A_BATCH, last_to_arrive, launch, scratch
 from .pair_tiles import (
     Partial,
     launch_partial,
@@ -63,7 +62,7 @@ def _combine(statistics, n_tiles, EPS: tl.constexpr, LOG: tl.constexpr, BLOCK: t
     return overlap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _overlap_kernel(
     partial,
     n_tiles,
@@ -99,7 +98,7 @@ def _overlap_kernel(
         tl.store(value, _combine(statistics, n_tiles, EPS, LOG, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _row_totals_kernel(alpha, groups, totals, BLOCK: tl.constexpr):
     """Program i: the sum of alpha[i, j] over j > i."""
     i = tl.program_id(0)
@@ -111,7 +110,7 @@ def _row_totals_kernel(alpha, groups, totals, BLOCK: tl.constexpr):
     tl.store(totals + i, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _pair_gradient_kernel(
     partial,
     n_tiles,
@@ -213,7 +212,7 @@ def weighted_overlap_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for a scalar grad."""
     if mean.shape[0] < 2:
-        return torch.zeros_like(mean), torch.zeros_like(var)
+        return mean.new_zeros(mean.shape), var.new_zeros(var.shape)
     partial = launch_partial(mean, var, eps)
     return _launch_gradients(partial, grad, value, mean, var, alpha.contiguous(), eps, log)
 
@@ -223,7 +222,7 @@ def weighted_overlap_with_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above from the same distances."""
     if mean.shape[0] < 2:
-        return mean.new_zeros(()), torch.zeros_like(mean), torch.zeros_like(var)
+        return mean.new_zeros(()), mean.new_zeros(mean.shape), var.new_zeros(var.shape)
     alpha, partial = alpha.contiguous(), launch_partial(mean, var, eps)
     value = _launch_value(partial, mean, alpha, eps, log)
     return value, *_launch_gradients(partial, grad, value, mean, var, alpha, eps, log)
