@@ -40,7 +40,18 @@ from cwbr_fused.operations import extension
 
 RESULTS = Path(__file__).parent / "results"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_103": 160,
+    "sm_120": 170,
+    "gfx90a": 104,
+    "gfx942": 304,
+    "gfx1100": 96,
+}
 EPS = 1e-6
 
 
@@ -122,9 +133,9 @@ class _Target:
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
 
-        nvidia = arch.startswith("sm_")
+        nvidia, lanes = arch.startswith("sm_"), 64 if arch.startswith("gfx9") else 32
         self.target = GPUTarget(
-            "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, 32 if nvidia else 64
+            "cuda" if nvidia else "hip", int(arch[3:]) if nvidia else arch, lanes
         )
 
     def get_current_target(self) -> Any:

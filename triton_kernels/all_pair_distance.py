@@ -67,6 +67,8 @@ def all_pair_distance_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (K, D) with respect to mean and var, for grad (K, K)."""
     groups, symmetric = mean.shape[0], pair_gradients(mean)
+    if groups == 0:
+        return mean.new_zeros(mean.shape), var.new_zeros(var.shape)
     tiles = triton.cdiv(symmetric.shape[0], TILE)
     launch(
         _symmetric_backward_kernel,

@@ -6,64 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import regularizer_with_moments, written
+from arguments import operation_arguments
+from kernel_inputs import written
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cwbr_fused import reference
 from cwbr_fused.operations import autograd, schema
 
 EPS = 1e-6
 # "reference" calls the closed forms directly, "cpu" through the dispatcher, whatever is built.
 BACKENDS = ("reference", "cpu")
-
-
-def operation_arguments(
-    dtype: torch.dtype = torch.float64, backend: str = "cpu"
-) -> dict[str, tuple[Any, ...]]:
-    """Valid arguments for every operation of the schema, at odd sizes with empty groups.
-
-    The gradient of Triton's `regularizer` wants the moments, as on a GPU; the others compute them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(23, 7, generator=generator, dtype=dtype)
-    logits = torch.randn(23, 9, generator=generator, dtype=dtype)
-    targets = torch.randint(9, (23,), generator=generator)
-    order, offsets, classes, pairs, weights = reference.plan(logits, targets, 8, 2)
-    mean, var = reference.class_moments(z, order, offsets, EPS)
-    var = var + 0.5
-    alpha = reference.confusion_weights(logits, order, offsets, classes)
-    distance = reference.pair_distance(mean, var, pairs, EPS)
-    features, planned = [z, z[:, :3] * 2], (order, offsets, pairs, weights)
-    regularizer = regularizer_with_moments if backend == "triton" else reference.regularizer
-    value, *saved = regularizer(features, *planned, EPS, True)
-    overlap = reference.weighted_overlap(mean, var, alpha, EPS, True)
-    bank = z[:9].clone(), torch.arange(9).to(dtype) % 3
-    batch = torch.tensor([4, 0, -1, 8, 3, 7]), torch.arange(6).to(dtype), mean[:6]
-    updates = torch.tensor(3, dtype=dtype)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "group_by_class": (targets, 2),
-        "class_moments": (z, order, offsets, EPS),
-        "class_moments_backward": (mean, var, z, mean, var, order, offsets, EPS),
-        "confusion_weights": (logits, order, offsets, classes),
-        "top_pairs": (alpha, 5),
-        "plan": (logits, targets, 8, 2),
-        "pair_distance": (mean, var, pairs, EPS),
-        "pair_distance_backward": (distance, mean, var, pairs, EPS),
-        "all_pair_distance": (mean, var, EPS),
-        "all_pair_distance_backward": (alpha, mean, var, EPS),
-        "weighted_overlap": (mean, var, alpha, EPS, False),
-        "weighted_overlap_backward": (overlap, overlap, mean, var, alpha, EPS, True),
-        "weighted_overlap_with_gradient": (overlap, mean, var, alpha, EPS, False),
-        "regularizer": (features, *planned, EPS, False),
-        "regularizer_backward": (value, features, *saved, *planned, EPS, True),
-        "top_confusions": (logits, targets, torch.arange(9) != 4, 3),
-        "class_attraction": (z, z[:9].clone(), var[0], targets[:, None] - 1, logits[:, :1]),
-        "observe_classes": (*bank, var[0].clone(), updates, *batch, var[:6], 0.9, 1e-3),
-        "follow_classes": (*bank, *batch, 0.7),
-    }
-    assert arguments.keys() == schema.SCHEMAS.keys()
-    return arguments
 
 
 @pytest.mark.parametrize("name", schema.SCHEMAS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import operation_arguments
+from arguments import operation_arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
