@@ -102,15 +102,14 @@ class CWBR(nn.Module):
         group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
-        validation.check_positive_int("num_classes", num_classes)
-        validation.check_positive_int("confusions", confusions)
+        self.num_classes = validation.check_positive_int("num_classes", num_classes)
+        self.confusions = validation.check_positive_int("confusions", confusions)
         validation.check_between("ratio", ratio, 0)
         validation.check_between("push", push, 0, 1)
         validation.check_between("momentum", momentum, 0, 1)
         validation.check_group(group)
         backends.check(backend)
-        self.num_classes = num_classes
-        self.ratio, self.push, self.confusions = ratio, push, confusions
+        self.ratio, self.push = ratio, push
         self.momentum, self.pool = momentum, pool
         self.backend, self.group = backend, group
         self.banks = nn.ModuleDict()

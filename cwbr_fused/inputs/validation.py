@@ -7,6 +7,8 @@ CPU only; GPU kernels assert it on the device.
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,7 +24,9 @@ def describe(value: object) -> str:
     """A short account of what an argument was."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # of NumPy, pandas, JAX
+        return f"{type(value).__name__} of shape {value.shape} and dtype {value.dtype}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def check_float_tensor(name: str, value: object, shape: str) -> None:
@@ -71,12 +75,22 @@ def check_eps(eps: object) -> None:
         raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
 
 
-def check_positive_int(name: str, value: object, otherwise: str = "") -> None:
+def check_int(name: str, value: object, low: int | None = None, otherwise: str = "") -> int:
+    """An int, of any library, not below `low`; `otherwise` names what else the caller takes."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an int{otherwise}, got {describe(value)}") from None
+    if low is not None and number < low:
+        raise ValueError(f"{name}: expected an int >= {low}{otherwise}, got {value!r}")
+    return number
+
+
+def check_positive_int(name: str, value: object, otherwise: str = "") -> int:
     """An int >= 1; `otherwise` names what else the caller takes."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int{otherwise}, got {describe(value)}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1{otherwise}, got {value!r}")
+    return check_int(name, value, 1, otherwise)
 
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:

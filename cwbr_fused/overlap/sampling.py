@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.warning import CWBRWarning
 
 LEFT_OUT = 0.1  # of the samples: what an epoch may leave out without a warning
@@ -24,7 +25,6 @@ class PKSampler(Sampler[list[int]]):
         sampler = PKSampler(dataset.targets, classes_per_batch=32, samples_per_class=4)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=8)
         for epoch in range(epochs):
-            sampler.set_epoch(epoch)
             for images, targets in loader:
                 ...
 
@@ -39,16 +39,20 @@ class PKSampler(Sampler[list[int]]):
     **Ranks get disjoint batches** of one schedule, which every rank computes alike from the seed
     and the epoch: of batches 0, 1, 2, ... rank r takes r, r + R, r + 2R, ..., equally many on
     every rank. So P classes suffice at any world size; a class may be on two ranks in one step,
-    with different samples, which only adds to statistics that are gathered over ranks. If a
-    framework shards samplers by itself, switch that off (`use_distributed_sampler=False` in
-    Lightning) or pass `num_replicas=1, rank=0`.
+    with different samples, which only adds to statistics that are gathered over ranks. Rank and
+    world size are looked up when an iteration starts, so the sampler may be made before
+    `init_process_group`. A framework must not share the batches a second time: Lightning takes
+    `Trainer(use_distributed_sampler=False)`; accelerate, and with it the Hugging Face `Trainer`,
+    shares the batches itself, so give the sampler `num_replicas=1, rank=0` there.
 
-    As with `DistributedSampler`, an epoch is a pure function of (seed, epoch): without
-    `set_epoch` every epoch has the same batches.
+    **An epoch is a function of (seed, epoch).** Each iteration takes `epoch` and advances it by
+    one, so epochs differ without a call. `set_epoch` says which epoch comes next, as in a run that
+    resumes; Lightning and accelerate call it. Every rank must iterate equally often.
 
     Args:
-        labels: the class of each sample of the dataset: (N,) integers >= 0 in a list, NumPy array
-            or tensor. They need not be consecutive.
+        labels: the class of each sample of the dataset: (N,) integers >= 0, in a tensor or in
+            anything that `numpy.asarray` takes, such as a list or a column of pandas. They need not
+            be consecutive.
         classes_per_batch: P, at most the number of usable classes.
         samples_per_class: K.
         seed: the same on every rank.
@@ -58,8 +62,8 @@ class PKSampler(Sampler[list[int]]):
             the one appearance of a short class; the n mod K last samples of a class, and what does
             not fill a batch on every rank, are left out of this epoch.
         shuffle: False: classes and samples in ascending order, every epoch alike.
-        num_replicas: world size R; None: that of `torch.distributed` if initialised, else 1.
-        rank: in [0, R); None: that of `torch.distributed` if initialised, else 0.
+        num_replicas: world size R; None: that of `torch.distributed` at each iteration, else 1.
+        rank: in [0, R); None: that of `torch.distributed` at each iteration, else 0.
 
     Yields:
         Lists of P*K indices into the dataset, class by class. `len()` is the number of batches
@@ -74,6 +78,16 @@ class PKSampler(Sampler[list[int]]):
         ValueError: an argument out of range; fewer than P usable classes; no batch for every rank.
     """
 
+    def __new__(cls, labels: object = None, *_: object, **__: object) -> PKSampler:
+        """Answers a framework that replaces samplers by its own, as Lightning does."""
+        if isinstance(labels, Sampler):
+            raise TypeError(
+                f"labels: expected the class of each sample, got a {type(labels).__name__}. "
+                "PKSampler shares its batches over processes by itself; for Lightning pass "
+                "Trainer(use_distributed_sampler=False)"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         labels: Sequence[int] | Tensor | Any,
@@ -87,32 +101,28 @@ class PKSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        self.classes_per_batch = _integer("classes_per_batch", classes_per_batch, 1)
-        self.samples_per_class = _integer("samples_per_class", samples_per_class, 1)
+        self.classes_per_batch = validation.check_int("classes_per_batch", classes_per_batch, 1)
+        self.samples_per_class = validation.check_int("samples_per_class", samples_per_class, 1)
         self.batch_size = self.classes_per_batch * self.samples_per_class
-        distributed = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if distributed else 1
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
-        self.num_replicas = _integer("num_replicas", num_replicas, 1)
-        self.rank = _integer("rank", rank, 0)
-        if self.rank >= self.num_replicas:
-            raise ValueError(f"rank must be below num_replicas={num_replicas}, got {rank}")
+        self._given = (
+            None if num_replicas is None else validation.check_int("num_replicas", num_replicas, 1),
+            None if rank is None else validation.check_int("rank", rank, 0),
+        )
+        self._place()
         if short_classes not in ("replace", "drop"):
-            raise ValueError(f"short_classes must be 'replace' or 'drop', got {short_classes!r}")
-        self.seed = _integer("seed", seed)
+            raise ValueError(f"short_classes: expected 'replace' or 'drop', got {short_classes!r}")
+        self.seed = validation.check_int("seed", seed)
         self.epoch = 0
         self.drop_last = drop_last
         self.shuffle = shuffle
 
         _, class_of, sizes = _as_labels(labels).unique(return_inverse=True, return_counts=True)
-        usable = sizes >= (samples_per_class if short_classes == "drop" else 1)
-        if usable.sum() < classes_per_batch:
+        usable = sizes >= (self.samples_per_class if short_classes == "drop" else 1)
+        if usable.sum() < self.classes_per_batch:
             raise ValueError(
-                f"classes_per_batch is {classes_per_batch}, but only {int(usable.sum())} of "
-                f"{len(sizes)} classes in labels are usable (samples_per_class="
-                f"{samples_per_class}, short_classes={short_classes!r})"
+                f"classes_per_batch: expected at most the {int(usable.sum())} usable of "
+                f"{len(sizes)} classes in labels (samples_per_class={samples_per_class}, "
+                f"short_classes={short_classes!r}), got {classes_per_batch}"
             )
         self._samples: Tensor = usable[class_of].nonzero().squeeze(1)
         self._class_of = (usable.cumsum(0) - 1)[class_of[self._samples]]
@@ -122,13 +132,32 @@ class PKSampler(Sampler[list[int]]):
         else:
             turns = (self._sizes + self.samples_per_class - 1) // self.samples_per_class
         self._turns: Tensor = turns
-        self._num_batches = self._count_batches()
-        if self.rank == 0:
+        if drop_last:
+            self._longest = self._full_batches()
+        else:
+            batches = -(-int(turns.sum()) // self.classes_per_batch)
+            self._longest = max(batches, int(turns.max()))
+        if len(self) > 0 and self.rank == 0:  # on every rank an error where they cannot share
             self._warn_of_gaps(usable, sizes)
 
+    @property
+    def num_replicas(self) -> int:
+        """World size R of the next iteration."""
+        return self._place()[0]
+
+    @property
+    def rank(self) -> int:
+        """This process, in [0, R)."""
+        return self._place()[1]
+
+    @property
+    def sampler(self) -> PKSampler:
+        """Itself: frameworks look for `set_epoch` at the `sampler` of a batch sampler."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of the next iteration; call it on every rank before each epoch."""
-        self.epoch = _integer("epoch", epoch)
+        """Choose the epoch of the next iteration, on every rank alike."""
+        self.epoch = validation.check_int("epoch", epoch)
 
     def __len__(self) -> int:
         return self._num_batches // self.num_replicas
@@ -138,25 +167,41 @@ class PKSampler(Sampler[list[int]]):
         # The CPU generator uses 32 bits of its seed. The odd multiplier spreads the seeds over
         # them, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
         generator.manual_seed((self.seed * 0x9E3779B1 + self.epoch) % 2**32)
+        self.epoch += 1
         table = self._schedule(self._appearances(generator), generator)
         batches = self._deal(table, generator)
         return (batch.tolist() for batch in batches[self.rank :: self.num_replicas])
 
-    def _count_batches(self) -> int:
-        """Number of batches T of all ranks. No batch has a class twice, so a class has at most T
-        appearances."""
-        turns, P, R = self._turns, self.classes_per_batch, self.num_replicas
+    def _place(self) -> tuple[int, int]:
+        """World size and rank, as they are now."""
+        size, rank = self._given
+        distributed = dist.is_available() and dist.is_initialized()
+        if size is None:
+            size = dist.get_world_size() if distributed else 1
+        if rank is None:
+            rank = dist.get_rank() if distributed else 0
+        if rank >= size:
+            raise ValueError(f"rank: expected an int below num_replicas={size}, got {rank}")
+        return size, rank
+
+    @property
+    def _num_batches(self) -> int:
+        """T, of all ranks together. No batch has a class twice, so none has more appearances."""
+        ranks = self.num_replicas
         if not self.drop_last:
-            longest = max(-(-int(turns.sum()) // P), int(turns.max()))
-            return -(-longest // R) * R
-        # sum(min(turns, T)) - P * T is concave in T and 0 at T = 0: all T up to the largest fit.
-        fits = _largest(int(turns.sum()) // P, lambda T: int(turns.clamp(max=T).sum()) >= P * T)
-        if fits < R:
+            return -(-self._longest // ranks) * ranks
+        if self._longest < ranks:
             raise ValueError(
-                f"labels give {fits} full batches of {P} classes with drop_last=True, which "
-                f"num_replicas={R} ranks cannot share"
+                f"labels: expected a full batch for each of num_replicas={ranks} ranks with "
+                f"drop_last=True, got {self._longest} full batches"
             )
-        return fits // R * R
+        return self._longest // ranks * ranks
+
+    def _full_batches(self) -> int:
+        """How many batches no class has to start over for."""
+        turns, P = self._turns, self.classes_per_batch
+        # sum(min(turns, T)) - P * T is concave in T and 0 at T = 0: all T up to the largest fit.
+        return _largest(int(turns.sum()) // P, lambda T: int(turns.clamp(max=T).sum()) >= P * T)
 
     def _warn_of_gaps(self, usable: Tensor, sizes: Tensor) -> None:
         """Warns of what is never drawn, and of more than a little that an epoch leaves out."""
@@ -263,26 +308,31 @@ def _largest(upper: int, holds: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(1, upper + 1), True, key=lambda n: not holds(n))
 
 
-def _integer(name: str, value: int, minimum: int | None = None) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-    return value
-
-
 def _as_labels(labels: object) -> Tensor:
+    """Integers >= 0, (N,) int64 on the CPU."""
     try:
+        if not isinstance(labels, Tensor | list | tuple):
+            labels = _from_array(labels)
         tensor = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"labels must be integers, one for each sample: {error}") from error
+        raise TypeError(f"labels: expected an integer for each sample, got {error}") from error
     if tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"labels must be integers, got {tensor.dtype}")
+        raise TypeError(f"labels: expected integers, got {validation.describe(tensor)}")
     if tensor.ndim != 1 or len(tensor) == 0:
-        raise ValueError(f"labels must be (N,) with N > 0, got shape {tuple(tensor.shape)}")
-    tensor = tensor.to(torch.int64)
+        raise ValueError(
+            f"labels: expected shape (N,) with N > 0, got {validation.describe(tensor)}"
+        )
+    tensor = tensor.long()
     if tensor.min() < 0:
-        raise ValueError(f"labels must be >= 0, got {int(tensor.min())}")
+        raise ValueError(f"labels: expected integers >= 0, got {int(tensor.min())}")
     return tensor
+
+
+def _from_array(labels: object) -> Any:
+    """What NumPy makes of it, in an order and a dtype that torch takes."""
+    import numpy as np  # torch can do without
+
+    array = np.asarray(labels)
+    if array.dtype.kind == "O":  # a column of pandas that may hold missing values
+        return [operator.index(value) for value in array]
+    return array.astype(array.dtype.newbyteorder("="))
