@@ -1,6 +1,7 @@
-"""Builds the compiled extension `cwbr_fused/_C`; everything else is in pyproject.toml.
+"""Builds the compiled extensions; everything else is in pyproject.toml.
 
-The environment variable CWBR_BUILD says what to compile:
+`cwbr_fused/_C` has the CPU kernels, `cwbr_fused/_cuda` the CUDA kernels: whatever becomes of the
+second, the first is the same. The environment variable CWBR_BUILD says what to compile:
     auto  (default) the CPU kernels, and the CUDA kernels where nvcc and a CUDA build of torch are
           that fit each other; what cannot be built is left out with a warning, and the package
           works without it
@@ -9,7 +10,7 @@ The environment variable CWBR_BUILD says what to compile:
     none  nothing
 All but auto fail loudly. TORCH_CUDA_ARCH_LIST picks the GPU architectures.
 
-The extension uses torch's stable ABI and Python's limited API: one build serves every Python, and
+The extensions use torch's stable ABI and Python's limited API: one build serves every Python, and
 every torch from the version named in TORCH_TARGET_VERSION on.
 """
 
@@ -25,9 +26,12 @@ from setuptools import Command, Extension, find_packages, setup
 
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("CWBR_BUILD", "auto")
-CUDA_ARCHITECTURES = "8.0;9.0;10.0"
-# The oldest torch whose stable ABI has what the sources call.
-TARGET_CPU, TARGET_CUDA = "0x020a000000000000", "0x020d000000000000"
+# Those of which the toolkit knows; newer ones run the last one's PTX.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+# cp.async came with 8.0.
+OLDEST_ARCHITECTURE = 8.0
+# The oldest torch whose stable ABI has what the sources call: 2.10.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def find_cuda_home() -> str | None:
@@ -63,66 +67,109 @@ def cuda_refusal(cuda_home: str) -> str | None:
     """Why a CUDA build of torch cannot have kernels of this toolkit; None where it can."""
     import torch
 
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        return f"they need torch 2.13, and this is {torch.__version__}"
-    nvcc = [os.path.join(cuda_home, "bin", "nvcc"), "--version"]
-    release = re.search(r"release (\d+)\.", subprocess.check_output(nvcc, text=True))
+    release = re.search(r"release (\d+)\.", ask_nvcc(cuda_home, "--version"))
     if release is None or release[1] != str(torch.version.cuda).split(".")[0]:
         return f"torch was built with CUDA {torch.version.cuda}, unlike {cuda_home}"
     return None
 
 
-def extension() -> tuple[Extension, type[Command]]:
-    """The extension module, and the command that builds it."""
+def ask_nvcc(cuda_home: str, *question: str) -> str:
+    return subprocess.check_output([os.path.join(cuda_home, "bin", "nvcc"), *question], text=True)
+
+
+def cuda_architectures(cuda_home: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or what this toolkit knows of CUDA_ARCHITECTURES, as such a list."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        listed = os.environ["TORCH_CUDA_ARCH_LIST"]
+        for number in re.findall(r"\d+\.\d+", listed):
+            if float(number) < OLDEST_ARCHITECTURE:
+                sys.exit(
+                    f"TORCH_CUDA_ARCH_LIST: expected architectures from {OLDEST_ARCHITECTURE} on, "
+                    f"got {number}, which has no asynchronous copies to shared memory"
+                )
+        return listed
+    known = ask_nvcc(cuda_home, "--list-gpu-arch").split()
+    chosen = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    return ";".join(chosen) + "+PTX"
+
+
+def extensions() -> tuple[list[Extension], type[Command]]:
+    """The extension modules, and the command that builds them."""
     toolkit = cuda_toolkit()
     from torch.utils import cpp_extension
 
-    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
-    if toolkit:
-        sources.append("csrc/cuda_kernels.cu")
-        cpp_extension.CUDA_HOME = toolkit  # a CPU build of torch does not look for it
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-
     class BuildOrWarn(cpp_extension.BuildExtension):
-        """In mode "auto" a failed compilation becomes a warning and leaves the extension out."""
+        """In mode "auto" a failed compilation becomes a warning and leaves its extension out."""
 
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if MODE != "auto":
-                    raise
-                self.extensions.clear()
-                warn_left_out(error)
+            for _ in range(len(self.extensions)):
+                try:
+                    super().build_extensions()
+                    break
+                except Exception as error:
+                    if MODE != "auto":
+                        raise
+                    warn_left_out(self.extensions.pop().name, error)  # CUDA's come last
 
-    target = [f"-DTORCH_TARGET_VERSION={TARGET_CUDA if toolkit else TARGET_CPU}"]
+    modules = [cpu_extension(cpp_extension)]
+    if toolkit:
+        modules.append(cuda_extension(cpp_extension, toolkit))
+    return modules, BuildOrWarn
+
+
+def headers() -> list[str]:
+    return [f for f in glob("csrc/**/*.*", recursive=True) if not f.endswith(".cpp")]
+
+
+def cpu_extension(cpp_extension: Any) -> Extension:
     # -O3, whatever a distribution asks for, but for what is never shipped: -O0 compiles in a fifth
     # of the time.
     level = re.findall(r"-O[01]\b", os.environ.get("CFLAGS", ""))[-1:] or ["-O3"]
     # Vectors are passed between inlined functions alone, which no ABI concerns: -Wno-psabi.
     unix = [*level, "-g0", "-fvisibility=hidden", "-Wno-psabi"]
-    optimize = ["/O2"] if os.name == "nt" else unix
-    # The CUDA runtime is linked statically, so that the library also loads where there is none.
-    runtime = ["cudart_static", "rt", "dl", "pthread"] if toolkit else []
-    module = cpp_extension.CppExtension(
+    return cpp_extension.CppExtension(
         "cwbr_fused._C",
-        sorted(sources),
-        depends=[f for f in glob("csrc/**/*.*", recursive=True) if not f.endswith(".cpp")],
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        depends=headers(),
         include_dirs=[os.path.abspath("csrc")],
-        extra_compile_args={
-            "cxx": [*target, *optimize],
-            # One thread per architecture, up to the processors there are.
-            "nvcc": [*target, "-DUSE_CUDA", "-O3", "-std=c++20", "--threads=0"],
-        },
-        # lib64 in an installed toolkit, lib in NVIDIA's wheels.
-        library_dirs=[os.path.join(toolkit, lib) for lib in ("lib64", "lib")] if toolkit else [],
-        libraries=runtime,
+        extra_compile_args=[TARGET, *(["/O2"] if os.name == "nt" else unix)],
         py_limited_api=True,
     )
-    return module, BuildOrWarn
 
 
-def warn_left_out(reason: Exception) -> None:
+def cuda_extension(cpp_extension: Any, toolkit: str) -> Extension:
+    """Not torch's CUDAExtension: that links to libraries which a CPU build of torch does not have.
+
+    The CUDA runtime is linked statically, so that this one loads there, too.
+    """
+    architectures = cuda_architectures(toolkit)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    cpp_extension.CUDA_HOME = toolkit  # a CPU build of torch does not look for it
+    return cpp_extension.CppExtension(
+        "cwbr_fused._cuda",
+        ["csrc/cuda_operations.cu"],
+        depends=headers(),
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args={
+            "cxx": [TARGET],
+            # One thread per architecture, up to the processors there are.
+            "nvcc": [
+                TARGET,
+                f'-DCWBR_CUDA_ARCHITECTURES="{architectures}"',
+                *("-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fvisibility=hidden"),
+            ],
+        },
+        # lib64 in an installed toolkit, lib in NVIDIA's wheels.
+        library_dirs=[os.path.join(toolkit, lib) for lib in ("lib64", "lib")],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        py_limited_api=True,
+    )
+
+
+def warn_left_out(name: str, reason: Exception) -> None:
+    if name.endswith("_cuda"):
+        print(f"WARNING: cwbr_fused is installed without CUDA kernels: {reason}", file=sys.stderr)
+        return
     print(
         f"WARNING: cwbr_fused is installed without compiled kernels: {reason}\n"
         "WARNING: everything works, slower, in pure PyTorch. Install a C++20 compiler and install "
@@ -133,20 +180,20 @@ def warn_left_out(reason: Exception) -> None:
 
 
 def compiled() -> dict[str, Any]:
-    """Arguments of `setup` that concern the extension."""
+    """Arguments of `setup` that concern the extensions."""
     if MODE not in MODES:
         sys.exit(f"CWBR_BUILD: expected one of {MODES}, got {MODE!r}")
     if MODE == "none":
         return {}
     try:
-        module, command = extension()
+        modules, command = extensions()
     except ImportError as error:
         if MODE != "auto":
             raise
-        warn_left_out(error)
+        warn_left_out("cwbr_fused._C", error)
         return {}
     return {
-        "ext_modules": [module],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": command},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

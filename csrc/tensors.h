@@ -1,21 +1,24 @@
-// Arguments and results of the operations as tensors of torch's stable ABI.
+// Arguments and results of the operations as tensors: checked, and as the kernels take them.
+//
+// A Device, the first parameter of most functions here, says where a call runs: CpuDevice, or a
+// Launcher on a GPU. Tests bring tensors and a launcher of their own.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#ifdef CWBR_WITHOUT_TORCH
+#include <emulated_tensors.h>
+#else
+#include "torch_tensors.h"
+#endif
 
-#include <array>
-#include <cstdint>
+#include <initializer_list>
 #include <string>
-#include <utility>
+#include <tuple>
+#include <vector>
 
+#include "arguments.h"
 #include "check.h"
-#include "cpu/batch_kernels.h"
 
 namespace cwbr {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class T>
 inline constexpr ScalarType scalar_type_of = ScalarType::Undefined;
@@ -27,34 +30,16 @@ template <>
 inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
 template <>
 inline constexpr ScalarType scalar_type_of<bool> = ScalarType::Bool;
-template <>
-inline constexpr ScalarType scalar_type_of<Half> = ScalarType::Half;
-template <>
-inline constexpr ScalarType scalar_type_of<BFloat16> = ScalarType::BFloat16;
+
+using Sizes = std::initializer_list<int64_t>;
 
 // "(3, 4)"; a negative size is written *.
-template <class Sizes>
-std::string shape(const Sizes& sizes) {
+std::string shape(const auto& sizes) {
   std::string text;
   for (const int64_t size : sizes) {
     text += (text.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
   }
   return "(" + text + ")";
-}
-
-// A new contiguous CPU tensor. The C shim's own function, because torch::stable::empty looks the
-// operator up by name each time.
-template <class T, size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes) {
-  std::array<int64_t, N> strides{};
-  int64_t stride = 1;
-  for (size_t i = N; i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  AtenTensorHandle handle = nullptr;
-  static const int32_t dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type_of<T>));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 template <class T>
@@ -63,71 +48,83 @@ T* data(const Tensor& t) {
 }
 
 template <class T>
-const T* const_data(const Tensor& t) {
+const T* elements(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-inline const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+// A new contiguous tensor.
+template <class T>
+Tensor empty(const auto& on, Sizes sizes) {
+  return on.empty(scalar_type_of<T>, sizes);
+}
 
-// `t` of this shape (-1: any size) and dtype, made contiguous where it is not.
-template <class T, size_t N>
-Tensor checked(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
+// `t` of this dtype and shape (-1: any size), made contiguous where it is not.
+template <class T>
+Tensor input(const auto& on, const Tensor& t, const char* name, Sizes sizes) {
+  on.check_device(t, name);
   check(t.scalar_type() == scalar_type_of<T>, name, ": expected dtype ", name_of(scalar_type_of<T>),
         ", got ", name_of(t.scalar_type()));
-  bool fits = t.dim() == static_cast<int64_t>(N);
-  for (size_t i = 0; fits && i != N; ++i) fits = sizes[i] < 0 || t.size(i) == sizes[i];
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) fits = fits && (size < 0 || t.size(dim) == size), ++dim;
   if (!fits) fail(name, ": expected shape ", shape(sizes), ", got ", shape(t.sizes()));
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return made_contiguous(t);
 }
 
-// The elements of `t` of this shape and dtype, to be written in place.
-template <class T, size_t N>
-T* written(const Tensor& t, const char* name, const std::array<int64_t, N>& sizes) {
+// The elements of such a tensor, to be written in place.
+template <class T>
+T* written(const auto& on, const Tensor& t, const char* name, Sizes sizes) {
   check(t.is_contiguous(), name, ": expected a contiguous tensor");
-  return data<T>(checked<T, N>(t, name, sizes));
+  return data<T>(input<T>(on, t, name, sizes));
 }
 
-// A matrix of any floating dtype whose rows are contiguous, at any distance from each other.
+// A matrix of any floating dtype whose rows are contiguous: on the CPU at any distance from each
+// other.
 struct InputMatrix {
   Tensor tensor;
-  InputType type;
+  ElementType type;
   int64_t rows, cols, stride;
 
   template <class In>
   Matrix<const In> as() const {
-    return {static_cast<const In*>(tensor.const_data_ptr()), rows, cols, stride};
+    return {elements<In>(tensor), rows, cols, stride};
   }
 };
 
-inline InputMatrix input_matrix(const Tensor& t, const char* name) {
-  if (t.dim() != 2) fail(name, ": expected a matrix, got shape ", shape(t.sizes()));
-  const bool contiguous_rows = t.stride(1) == 1 && t.stride(0) >= 0;
-  const Tensor tensor = contiguous_rows ? t : torch::stable::contiguous(t);
-  InputType type = InputType::kFloat;
+inline ElementType element_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
-      break;
+      return ElementType::kFloat;
     case ScalarType::Double:
-      type = InputType::kDouble;
-      break;
+      return ElementType::kDouble;
     case ScalarType::Half:
-      type = InputType::kHalf;
-      break;
+      return ElementType::kHalf;
     case ScalarType::BFloat16:
-      type = InputType::kBFloat16;
-      break;
+      return ElementType::kBFloat16;
     default:
       fail(name, ": expected a floating dtype, got ", name_of(t.scalar_type()));
   }
-  return {tensor, type, t.size(0), t.size(1), tensor.stride(0)};
 }
 
-// Classes of any integer dtype as contiguous int64.
-inline Tensor int64_targets(const Tensor& targets) {
-  if (targets.dim() != 1) fail("targets: expected shape (B,), got ", shape(targets.sizes()));
+template <class Device>
+InputMatrix input_matrix(const Device& on, const Tensor& t, const char* name) {
+  on.check_device(t, name);
+  if (t.dim() != 2) fail(name, ": expected a matrix, got shape ", shape(t.sizes()));
+  const bool as_it_is = Device::kOnHost && t.stride(1) == 1 && t.stride(0) >= 0;
+  const Tensor tensor = as_it_is ? t : made_contiguous(t);
+  return {tensor, element_type(t, name), t.size(0), t.size(1), tensor.stride(0)};
+}
+
+// Classes of any integer dtype as contiguous int64, `batch` of them or, where it is -1, any number.
+inline Tensor int64_targets(const auto& on, const Tensor& targets, int64_t batch = -1) {
+  on.check_device(targets, "targets");
+  if (targets.dim() != 1 || (batch >= 0 && targets.size(0) != batch)) {
+    const std::string expected = batch < 0 ? "B" : std::to_string(batch);
+    fail("targets: expected shape (", expected, ",), got ", shape(targets.sizes()));
+  }
   switch (targets.scalar_type()) {
     case ScalarType::Long:
-      return targets.is_contiguous() ? targets : torch::stable::contiguous(targets);
+      return made_contiguous(targets);
     case ScalarType::Byte:
     case ScalarType::Char:
     case ScalarType::Short:
@@ -136,83 +133,95 @@ inline Tensor int64_targets(const Tensor& targets) {
     case ScalarType::UInt32:
     case ScalarType::UInt64:
     case ScalarType::Bool:
-      return torch::stable::contiguous(torch::stable::to(targets, ScalarType::Long));
+      return made_contiguous(to_int64(targets));
     default:
       fail("targets: expected an integer dtype, got ", name_of(targets.scalar_type()));
   }
 }
 
-// Calls f(T()) with float or double, whichever is the dtype of `t`.
-template <class F>
-auto with_float_type(const Tensor& t, const F& f) {
-  return t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
-}
-
-// Whether all of a contiguous int64 tensor is in [lowest, classes).
-inline void check_classes(const Tensor& t, const char* name, int64_t lowest, int64_t classes) {
-  const int64_t* values = const_data<int64_t>(t);
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    check(values[i] >= lowest && values[i] < classes, name, ": expected classes from ", lowest,
-          " to ", classes - 1, ", got ", values[i]);
+// Whether all of a contiguous int64 tensor is in [lowest, classes); a GPU's kernels ask themselves.
+template <class Device>
+void check_classes(const Device&, const Tensor& t, const char* name, int64_t lowest,
+                   int64_t classes) {
+  if constexpr (Device::kOnHost) {
+    const int64_t* values = elements<int64_t>(t);
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      check(values[i] >= lowest && values[i] < classes, name, ": expected numbers from ", lowest,
+            " to ", classes - 1, ", got ", values[i]);
+    }
   }
 }
 
-// The groups as the kernels take them, after checking that they index `batch` samples.
-struct CheckedGroups {
-  Tensor order, offsets;
-  Groups groups;
+inline void check_at_least(const char* name, int64_t value, int64_t least) {
+  check(value >= least, name, ": expected at least ", least, ", got ", value);
+}
 
-  CheckedGroups(const Tensor& order_of, const Tensor& offsets_of, int64_t batch)
-      : order(checked<int64_t, 1>(order_of, "order", {batch})),
-        offsets(checked<int64_t, 1>(offsets_of, "offsets", {-1})),
-        groups{const_data<int64_t>(order), const_data<int64_t>(offsets), offsets.size(0) - 1} {
-    check(groups.count >= 0, "offsets: expected at least one element");
-    for (int64_t s = 0; s < batch; ++s) {
-      check(groups.order[s] >= 0 && groups.order[s] < batch, "order: expected indices below ",
-            batch, ", got ", groups.order[s]);
+// The groups of `batch` samples.
+struct GroupTensors {
+  Tensor order, offsets;
+
+  template <class Device>
+  GroupTensors(const Device& on, const Tensor& order_of, const Tensor& offsets_of, int64_t batch)
+      : order(input<int64_t>(on, order_of, "order", {batch})),
+        offsets(input<int64_t>(on, offsets_of, "offsets", {-1})) {
+    check(count() >= 0, "offsets: expected at least one element");
+    check_classes(on, order, "order", 0, batch);
+    if constexpr (Device::kOnHost) {
+      const int64_t* at = elements<int64_t>(offsets);
+      int64_t last = 0;
+      for (int64_t k = 0; k <= count(); last = at[k++]) {
+        check(at[k] >= last && at[k] <= batch, "offsets: expected rising positions from 0 to ",
+              batch, ", got ", at[k]);
+      }
     }
-    int64_t last = 0;
-    for (int64_t k = 0; k <= groups.count; ++k) {
-      check(groups.offsets[k] >= last && groups.offsets[k] <= batch,
-            "offsets: expected rising positions from 0 to ", batch, ", got ", groups.offsets[k]);
-      last = groups.offsets[k];
-    }
+  }
+
+  int64_t count() const { return offsets.size(0) - 1; }
+  Groups groups() const {
+    return {elements<int64_t>(order), elements<int64_t>(offsets), count(), order.size(0)};
   }
 };
 
 // Pairs of rows below `rows`.
-inline Tensor checked_pairs(const Tensor& pairs, int64_t rows) {
-  const Tensor index = checked<int64_t, 2>(pairs, "pairs", {-1, 2});
-  const int64_t* row = const_data<int64_t>(index);
-  for (int64_t p = 0; p < 2 * index.size(0); ++p) {
-    check(row[p] >= 0 && row[p] < rows, "pairs: expected rows below ", rows, ", got ", row[p]);
+struct PairTensor {
+  Tensor index;
+
+  PairTensor(const auto& on, const Tensor& pairs, int64_t rows)
+      : index(input<int64_t>(on, pairs, "pairs", {-1, 2})) {
+    check_classes(on, index, "pairs", 0, rows);
   }
-  return index;
+
+  int64_t count() const { return index.size(0); }
+  Pairs pairs() const { return {elements<int64_t>(index), count()}; }
+};
+
+// Calls f(T()) with float or double, whichever is the dtype of `t`.
+auto with_float_type(const Tensor& t, const auto& f) {
+  return t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
 }
 
 // mean and var (rows, dims) of one shape.
 template <class T>
-struct Moments {
-  Tensor mean_tensor, var_tensor;
-  int64_t rows, dims;
+struct MomentTensors {
+  Tensor mean, var;
 
-  Moments(const Tensor& mean, const Tensor& var)
-      : mean_tensor(checked<T, 2>(mean, "mean", {-1, -1})),
-        var_tensor(checked<T, 2>(var, "var", {mean.size(0), mean.size(1)})),
-        rows(mean.size(0)),
-        dims(mean.size(1)) {}
+  MomentTensors(const auto& on, const Tensor& mean_of, const Tensor& var_of)
+      : mean(input<T>(on, mean_of, "mean", {-1, -1})),
+        var(input<T>(on, var_of, "var", {mean.size(0), mean.size(1)})) {}
 
-  const T* mean() const { return const_data<T>(mean_tensor); }
-  const T* var() const { return const_data<T>(var_tensor); }
-  std::pair<Tensor, Tensor> empty_gradients() const {
-    return {empty<T, 2>({rows, dims}), empty<T, 2>({rows, dims})};
+  int64_t rows() const { return mean.size(0); }
+  int64_t dims() const { return mean.size(1); }
+  Moments<T> moments() const { return {elements<T>(mean), elements<T>(var), rows(), dims()}; }
+  std::tuple<Tensor, Tensor> empty_gradients(const auto& on) const {
+    return {empty<T>(on, {rows(), dims()}), empty<T>(on, {rows(), dims()})};
   }
 };
 
-// The value of a tensor without dimensions.
-template <class T>
-T scalar(const Tensor& t, const char* name) {
-  return *const_data<T>(checked<T, 0>(t, name, {}));
+auto with_moments(const auto& on, const Tensor& mean, const Tensor& var, const auto& f) {
+  return with_float_type(mean, [&]<class T>(T) { return f(MomentTensors<T>(on, mean, var)); });
 }
+
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 }  // namespace cwbr

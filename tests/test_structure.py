@@ -95,8 +95,7 @@ def test_kernels_know_nothing_of_the_package_and_the_package_nothing_of_what_use
 def test_an_operation_has_one_file_of_its_name_in_each_room(name: str) -> None:
     assert (KERNELS / f"{name}.py").exists()
     assert (CHECKOUT / "csrc" / "cpu" / f"{name}.cpp").exists()
-    for suffix in ("cu", "cuh"):
-        assert (CHECKOUT / "csrc" / "cuda" / f"{name}.{suffix}").exists()
+    assert (CHECKOUT / "csrc" / "cuda" / f"{name}.cuh").exists()
     companions = {name + companion for companion in COMPANIONS}
     for operation in ({name} | companions) & schema.SCHEMAS.keys():
         assert callable(schema.pure_pytorch(operation))

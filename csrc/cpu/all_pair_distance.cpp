@@ -1,14 +1,15 @@
 #include <vector>
 
-#include "kernels.h"
-#include "pair_blocks.h"
-#include "parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/pair_blocks.h"
+#include "cpu/parallel.h"
 
 namespace cwbr {
 
 template <class T>
-void all_pair_distance(const T* mean, const T* var, int64_t k, int64_t d, double eps, T* distance) {
-  PairBlocks<T> blocks(mean, var, k, d, eps);
+void all_pair_distance(Cpu, Moments<T> of, double eps, T* distance) {
+  PairBlocks<T> blocks(of, eps);
+  const int64_t k = of.rows;
   for (int64_t i = 0; i < k; ++i) distance[i * k + i] = 0;
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
     blocks.distances(a, b, T(-1), [&](const Tile<T>& tile) {
@@ -23,11 +24,13 @@ void all_pair_distance(const T* mean, const T* var, int64_t k, int64_t d, double
 }
 
 template <class T>
-void all_pair_distance_backward(const T* grad, const T* mean, const T* var, int64_t k, int64_t d,
-                                double eps, T* grad_mean, T* grad_var) {
-  const PairBlocks<T> blocks(mean, var, k, d, eps);
+void all_pair_distance_backward(Cpu, const T* grad, Moments<T> of, double eps, T* grad_mean,
+                                T* grad_var) {
+  const PairBlocks<T> blocks(of, eps);
   BlockGradient<T> gradient(blocks.max_rows());
-  const auto both = [&](int64_t i, int64_t j) { return grad[i * k + j] + grad[j * k + i]; };
+  const auto both = [&](int64_t i, int64_t j) {
+    return grad[i * of.rows + j] + grad[j * of.rows + i];
+  };
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
     gradient.reset(blocks.block(a, b), T(1));
     const std::vector<TileRows> tiles = blocks.tiles(a, b);
@@ -38,12 +41,10 @@ void all_pair_distance_backward(const T* grad, const T* mean, const T* var, int6
   });
 }
 
-#define CWBR_INSTANTIATE(T)                                                                        \
-  template void all_pair_distance(const T*, const T*, int64_t, int64_t, double, T*);               \
-  template void all_pair_distance_backward(const T*, const T*, const T*, int64_t, int64_t, double, \
-                                           T*, T*);
+#define CWBR_INSTANTIATE(T)                                     \
+  template void all_pair_distance(Cpu, Moments<T>, double, T*); \
+  template void all_pair_distance_backward(Cpu, const T*, Moments<T>, double, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
-#undef CWBR_INSTANTIATE
 
 }  // namespace cwbr

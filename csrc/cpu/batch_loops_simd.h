@@ -1,4 +1,4 @@
-// The loops of batch_loops.h for one instruction set; see simd.h.
+// The loops of isa_batch_table.h for one instruction set; see simd.h.
 
 namespace cwbr::CWBR_ISA {
 
@@ -59,8 +59,8 @@ CWBR_INLINE void store_output(Half* x, Floats v) {
 // x[index[l]] in lane l.
 template <class In>
 CWBR_INLINE auto gather(const In* x, const int64_t* index) {
-  In lanes[kLanes<Accumulate<In>>];
-  for (int l = 0; l < kLanes<Accumulate<In>>; ++l) lanes[l] = x[index[l]];
+  In lanes[kLanes<accumulate_t<In>>];
+  for (int l = 0; l < kLanes<accumulate_t<In>>; ++l) lanes[l] = x[index[l]];
   return load_input(lanes);
 }
 #if defined(CWBR_AVX512)
@@ -144,7 +144,7 @@ CWBR_INLINE Vec<T> exp_negative(Vec<T> x) {
 // The columns of a row from `first` on: so many whole vectors, or the first `count` lanes of one.
 template <class In, int Vectors, bool Whole>
 struct Columns {
-  using T = Accumulate<In>;
+  using T = accumulate_t<In>;
   int64_t first, count;
 
   CWBR_INLINE Vec<T> input(const In* row, int v) const {
@@ -216,7 +216,7 @@ CWBR_INLINE void column_gradient(const GroupRows<In>& rows, Columns<In, Vectors,
 // Calls body on blocks of whole vectors of columns, several at a time, and on what is left.
 template <class In, class Body>
 CWBR_INLINE void for_each_column(int64_t width, Body body) {
-  constexpr int unroll = 4, lanes = kLanes<Accumulate<In>>;
+  constexpr int unroll = 4, lanes = kLanes<accumulate_t<In>>;
   int64_t c = 0;
   for (; c + unroll * lanes <= width; c += unroll * lanes) body(Columns<In, unroll, true>{c, 0});
   for (; c + lanes <= width; c += lanes) body(Columns<In, 1, true>{c, 0});
@@ -282,7 +282,7 @@ CWBR_INLINE SoftmaxStatistics<T> visit_softmax(const In* logits, int64_t n, Visi
   return {max, sum_lanes<T>(sums[0] + sums[1] + (sums[2] + sums[3]))};
 }
 
-template <class In, class T = Accumulate<In>>
+template <class In, class T = accumulate_t<In>>
 SoftmaxStatistics<T> softmax_statistics(const In* logits, int64_t n) {
   return visit_softmax<In, T>(logits, n, [](int64_t, int64_t, T) CWBR_LAMBDA_INLINE {});
 }

@@ -48,7 +48,7 @@ struct TopList {
   }
 };
 
-template <class In, class T = Accumulate<In>>
+template <class In, class T = accumulate_t<In>>
 CWBR_INLINE T input_at(const In* x, int64_t i) {
   return load_input_first(x + i, 1, T(0))[0];
 }

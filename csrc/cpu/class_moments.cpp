@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -28,7 +28,7 @@ void for_each_slice(int64_t groups, int64_t batch, int64_t dims, const F& body) 
 }  // namespace
 
 template <class In, class T>
-void class_moments(Matrix<const In> z, Groups groups, double eps, T* mean, T* var) {
+void class_moments(Cpu, Matrix<const In> z, Groups groups, double eps, T* mean, T* var) {
   const auto& loops = batch_loops<In>();
   for_each_slice(groups.count, z.rows, z.cols, [&](int64_t k, int64_t begin, int64_t width) {
     const int64_t at = k * z.cols + begin;
@@ -37,7 +37,7 @@ void class_moments(Matrix<const In> z, Groups groups, double eps, T* mean, T* va
 }
 
 template <class In, class T>
-void class_moments_backward(const T* grad_mean, const T* grad_var, Matrix<const In> z,
+void class_moments_backward(Cpu, const T* grad_mean, const T* grad_var, Matrix<const In> z,
                             const T* mean, const T* var, Groups groups, double eps, In* grad_z) {
   const auto& loops = batch_loops<In>();
   const auto slice = [&](int64_t k, int64_t begin, int64_t width) {
@@ -54,10 +54,10 @@ void class_moments_backward(const T* grad_mean, const T* grad_var, Matrix<const 
   for_each_slice(groups.count + 1, z.rows, z.cols, slice);
 }
 
-#define CWBR_INSTANTIATE(In, T)                                                                  \
-  template void class_moments(Matrix<const In>, Groups, double, T*, T*);                         \
-  template void class_moments_backward(const T*, const T*, Matrix<const In>, const T*, const T*, \
-                                       Groups, double, In*);
+#define CWBR_INSTANTIATE(In, T)                                                             \
+  template void class_moments(Cpu, Matrix<const In>, Groups, double, T*, T*);               \
+  template void class_moments_backward(Cpu, const T*, const T*, Matrix<const In>, const T*, \
+                                       const T*, Groups, double, In*);
 CWBR_FOR_EACH_INPUT(CWBR_INSTANTIATE)
 
 }  // namespace cwbr

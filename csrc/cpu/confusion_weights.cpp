@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -26,7 +26,8 @@ void symmetrize(T* alpha, int64_t groups) {
 }  // namespace
 
 template <class In, class T>
-void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* classes, T* alpha) {
+void confusion_weights(Cpu, Matrix<const In> logits, Groups groups, const int64_t* classes,
+                       T* alpha) {
   const auto& loops = batch_loops<In>();
   std::vector<int64_t> used, columns;
   for (int64_t k = 0; k < groups.count; ++k) {
@@ -57,7 +58,7 @@ void confusion_weights(Matrix<const In> logits, Groups groups, const int64_t* cl
 }
 
 #define CWBR_INSTANTIATE(In, T) \
-  template void confusion_weights(Matrix<const In>, Groups, const int64_t*, T*);
+  template void confusion_weights(Cpu, Matrix<const In>, Groups, const int64_t*, T*);
 CWBR_FOR_EACH_INPUT(CWBR_INSTANTIATE)
 
 }  // namespace cwbr

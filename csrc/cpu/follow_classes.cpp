@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -12,21 +12,22 @@ constexpr int64_t kGrain = 1 << 15;  // elements of the batch's means per thread
 }  // namespace
 
 template <class T>
-void follow_classes(T* mean, T* count, BatchClasses<T> batch, int64_t dims, double momentum) {
+void follow_classes(Cpu, Bank<T> bank, BatchClasses<T> batch, double momentum) {
   const auto& loops = batch_loops<T>();
+  const int64_t dims = bank.dims;
   parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const int64_t row = batch.classes[k];
       const T weight = batch.weight[k];
       if (row < 0 || !(weight > 0)) continue;
-      count[row] += weight;
-      const T rate = std::max(weight / std::max(count[row], T(1)), T(1 - momentum));
-      loops.move_towards(rate, batch.mean + k * dims, dims, mean + row * dims);
+      bank.count[row] += weight;
+      const T rate = std::max(weight / std::max(bank.count[row], T(1)), T(1 - momentum));
+      loops.move_towards(rate, batch.mean + k * dims, dims, bank.mean + row * dims);
     }
   });
 }
 
-#define CWBR_INSTANTIATE(T) template void follow_classes(T*, T*, BatchClasses<T>, int64_t, double);
+#define CWBR_INSTANTIATE(T) template void follow_classes(Cpu, Bank<T>, BatchClasses<T>, double);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
 

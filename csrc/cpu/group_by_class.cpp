@@ -3,7 +3,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/batch_kernels.h"
+#include "cpu/kernels.h"
 
 namespace cwbr {
 namespace {
@@ -28,8 +28,8 @@ void sort_by_key(std::vector<Sample>& samples, uint64_t largest) {
 
 }  // namespace
 
-int64_t group_by_class(const int64_t* targets, int64_t batch, int64_t min_count, int64_t* order,
-                       int64_t* offsets, int64_t* classes) {
+int64_t group_by_class(Cpu, const int64_t* targets, int64_t batch, int64_t min_count,
+                       int64_t* order, int64_t* offsets, int64_t* classes) {
   const int64_t groups = batch / min_count;
   std::fill(classes, classes + groups, -1);
   offsets[0] = 0;

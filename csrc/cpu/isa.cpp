@@ -3,9 +3,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "batch_loops.h"
-#include "kernels.h"
-#include "pair_kernels.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/isa_pair_table.h"
+#include "cpu/kernels.h"
 
 namespace cwbr {
 

@@ -1,4 +1,4 @@
-#include "isa_headers.h"
+#include "cpu/isa_headers.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -8,7 +8,7 @@
 #endif
 #define CWBR_ISA avx2
 #define CWBR_AVX2
-#include "isa_table.h"
+#include "cpu/isa_tables.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

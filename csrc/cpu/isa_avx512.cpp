@@ -1,4 +1,4 @@
-#include "isa_headers.h"
+#include "cpu/isa_headers.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -9,7 +9,7 @@
 #endif
 #define CWBR_ISA avx512
 #define CWBR_AVX512
-#include "isa_table.h"
+#include "cpu/isa_tables.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

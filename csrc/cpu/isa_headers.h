@@ -22,8 +22,8 @@
 #endif
 #endif
 
-#include "batch_loops.h"
-#include "pair_kernels.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/isa_pair_table.h"
 
 #define CWBR_INLINE __attribute__((always_inline)) inline
 #define CWBR_NOINLINE __attribute__((noinline))

@@ -1,5 +1,5 @@
 // GCC's and Clang's own vectors of 16 bytes: SSE2 on x86-64, NEON on AArch64.
-#include "isa_headers.h"
+#include "cpu/isa_headers.h"
 
 #define CWBR_ISA portable
-#include "isa_table.h"
+#include "cpu/isa_tables.h"

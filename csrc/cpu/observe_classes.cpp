@@ -3,8 +3,8 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -30,17 +30,18 @@ void write_metric(const T* var, int64_t dims, T floor, T* metric) {
 }  // namespace
 
 template <class T>
-void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchClasses<T> batch,
-                     const T* batch_var, int64_t dims, double momentum, double floor, T* weight,
-                     T* metric) {
+void observe_classes(Cpu, Bank<const T> bank, BatchClasses<T> batch, Variances<T> variances,
+                     double momentum, double floor, T* weight) {
   const auto& loops = batch_loops<T>();
+  const int64_t dims = bank.dims;
+  T* const var = variances.var;
   parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
       // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
       const bool finite =
           used && std::isfinite(
-                      4 * loops.second_moments(batch.mean + k * dims, batch_var + k * dims, dims));
+                      4 * loops.second_moments(batch.mean + k * dims, batch.var + k * dims, dims));
       weight[k] = finite ? batch.weight[k] : T(0);
     }
   });
@@ -48,27 +49,27 @@ void observe_classes(const T* mean, const T* count, T* var, T* updates, BatchCla
   std::vector<T> share(batch.count, T(0)), scatter(dims, T(0));
   T total = 0;
   for (int64_t k = 0; k < batch.count; ++k) {
-    if (weight[k] > 0 && count[batch.classes[k]] > 0) total += share[k] = weight[k];
+    if (weight[k] > 0 && bank.count[batch.classes[k]] > 0) total += share[k] = weight[k];
   }
   if (total > 0) {
     parallel_for(0, dims, grain_of(kGrain, batch.count), [&](int64_t first, int64_t last) {
       for (int64_t k = 0; k < batch.count; ++k) {
         if (share[k] == 0) continue;
-        loops.add_scatter(share[k] / total, mean + batch.classes[k] * dims + first,
-                          batch.mean + k * dims + first, batch_var + k * dims + first, last - first,
+        loops.add_scatter(share[k] / total, bank.mean + batch.classes[k] * dims + first,
+                          batch.mean + k * dims + first, batch.var + k * dims + first, last - first,
                           scatter.data() + first);
       }
     });
-    *updates += 1;
-    const T pace = std::max(1 / std::max(*updates, T(1)), T(1 - momentum));
+    T& updates = *variances.updates += 1;
+    const T pace = std::max(1 / std::max(updates, T(1)), T(1 - momentum));
     for (int64_t d = 0; d < dims; ++d) var[d] = interpolate(var[d], scatter[d], pace);
   }
-  write_metric(var, dims, T(floor), metric);
+  write_metric(var, dims, T(floor), variances.metric);
 }
 
-#define CWBR_INSTANTIATE(T)                                                                     \
-  template void observe_classes(const T*, const T*, T*, T*, BatchClasses<T>, const T*, int64_t, \
-                                double, double, T*, T*);
+#define CWBR_INSTANTIATE(T)                                                                        \
+  template void observe_classes(Cpu, Bank<const T>, BatchClasses<T>, Variances<T>, double, double, \
+                                T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
 

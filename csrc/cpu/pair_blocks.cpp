@@ -1,9 +1,9 @@
-#include "pair_blocks.h"
+#include "cpu/pair_blocks.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,10 +41,6 @@ class FlushSubnormals {
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-int64_t grain(int64_t work_per_index) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_index));
-}
-
 // Numbers that a panel holds of each row.
 int64_t panel_row(int64_t vectors, int64_t lanes) {
   return std::max<int64_t>(1, groups(vectors)) * kGroup * 2 * lanes;
@@ -72,18 +68,19 @@ void BlockGradient<T>::reset(const BlockRows& rows, T unit) {
 }
 
 template <class T>
-PairBlocks<T>::PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, double eps)
+PairBlocks<T>::PairBlocks(const Moments<T>& of, double eps)
     : kernels_(pair_kernels<T>()),
-      rows_{mean, var, k, d, T(eps)},
-      near_(near_limit<T>(d)),
-      vectors_((d + kernels_.lanes - 1) / kernels_.lanes),
-      rows_per_block_(rows_per_block(k, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
-      count_((k + rows_per_block_ - 1) / rows_per_block_),
+      rows_(of, eps),
+      near_(near_limit<T>(of.dims)),
+      vectors_((of.dims + kernels_.lanes - 1) / kernels_.lanes),
+      rows_per_block_(
+          rows_per_block(of.rows, panel_row(vectors_, kernels_.lanes) * int64_t(sizeof(T)))),
+      count_((of.rows + rows_per_block_ - 1) / rows_per_block_),
       mean_scale_(vectors_ * kernels_.lanes),
       var_scale_(vectors_ * kernels_.lanes),
       safe_(groups(vectors_)),
       scaling_{vectors_, mean_scale_.get(), var_scale_.get(), safe_.get()} {
-  parallel_for(0, groups(vectors_), grain(k * kGroup * kScaleWork),
+  parallel_for(0, groups(vectors_), grain_of(kGrain, of.rows * kGroup * kScaleWork),
                [&](int64_t first, int64_t last) { kernels_.scale(rows_, first, last, scaling_); });
 }
 
@@ -130,10 +127,11 @@ void PairBlocks<T>::pack(int64_t slot, int64_t block) {
   const int64_t count = round_up(rows(block), kTileRows);
   // Rows are packed by vectors of rows, and by whole tiles.
   const int64_t batch = std::max(kernels_.lanes, kTile), batches = (count + batch - 1) / batch;
-  parallel_for(0, batches, grain(batch * vectors_ * kPackWork), [&](int64_t begin, int64_t end) {
-    const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
-    kernels_.pack(rows_, scaling_, first(block) + row, rows, rows_from(panel, row));
-  });
+  parallel_for(0, batches, grain_of(kGrain, batch * vectors_ * kPackWork),
+               [&](int64_t begin, int64_t end) {
+                 const int64_t row = begin * batch, rows = std::min(count, end * batch) - row;
+                 kernels_.pack(rows_, scaling_, first(block) + row, rows, rows_from(panel, row));
+               });
 }
 
 template <class T>
@@ -155,7 +153,7 @@ void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
   const Panel<T>&panel_a = panels_[0], &panel_b = panels_[a != b];
   const std::vector<TileRows> tiles = this->tiles(a, b);
   const int64_t tile_work = kTile * kTile * (vectors_ + kPairWork);
-  parallel_for(0, tiles.size(), grain(tile_work), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles.size(), grain_of(kGrain, tile_work), [&](int64_t begin, int64_t end) {
     alignas(64) T distance[kTile * kTile];
     for (int64_t index = begin; index < end; ++index) {
       const TileRows& rows = tiles[index];
@@ -176,7 +174,7 @@ void PairBlocks<T>::gradients(const BlockGradient<T>& gradient, T* grad_mean, T*
   const int64_t pairs = rows.count_i * rows.count_j / (rows.first_i == rows.first_j ? 2 : 1);
   // Threads share out the dimensions, so that every sum over pairs has one order.
   const int64_t unit = std::clamp<int64_t>(vectors_ / num_threads(), 1, kGradientVectors);
-  parallel_for(0, (vectors_ + unit - 1) / unit, grain(unit * 2 * pairs),
+  parallel_for(0, (vectors_ + unit - 1) / unit, grain_of(kGrain, unit * 2 * pairs),
                [&](int64_t begin, int64_t end) {
                  const FlushSubnormals flush;
                  const Buffer<T> work(work_rows * 4 * kGradientVectors * kernels_.lanes);

@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "pair_kernels.h"
+#include "cpu/isa_pair_table.h"
 
 namespace cwbr {
 
@@ -90,7 +90,7 @@ void for_blocks(int64_t count, const Visit& visit) {
 template <class T>
 class PairBlocks {
  public:
-  PairBlocks(const T* mean, const T* var, int64_t k, int64_t d, double eps);
+  PairBlocks(const Moments<T>& of, double eps);
 
   int64_t count() const { return count_; }
   int64_t first(int64_t block) const { return block * rows_per_block_; }

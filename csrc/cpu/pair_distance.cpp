@@ -2,9 +2,9 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels.h"
-#include "pair_blocks.h"
-#include "parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/pair_blocks.h"
+#include "cpu/parallel.h"
 
 namespace cwbr {
 
@@ -15,12 +15,12 @@ constexpr int64_t kGrain = 20000;
 
 // A power of two that brings typical variances of these pairs to 1, from a few of them.
 template <class T>
-T typical_scale(const Rows<T>& rows, const int64_t* pairs, int64_t m) {
+T typical_scale(const Rows<T>& rows, const Pairs& pairs) {
   constexpr int64_t most_pairs = 16, most_dims = 4;
   int64_t sum = 0, count = 0;
-  for (int64_t p = 0; p < m; p += (m + most_pairs - 1) / most_pairs)
+  for (int64_t p = 0; p < pairs.count; p += (pairs.count + most_pairs - 1) / most_pairs)
     for (int64_t x = 0; x < rows.d; x += (rows.d + most_dims - 1) / most_dims) {
-      const T w = rows.var[pairs[2 * p] * rows.d + x] + rows.eps;
+      const T w = rows.var[pairs.index[2 * p] * rows.d + x] + rows.eps;
       if (!(w > 0) || !std::isfinite(w)) continue;
       sum += std::ilogb(w);
       ++count;
@@ -33,12 +33,12 @@ struct NamedRows {
   std::vector<int64_t> rows, pairs;
   std::vector<int64_t> position;  // of each of the k rows, -1 for those in no pair
 
-  NamedRows(const int64_t* row_pairs, int64_t m, int64_t k) : pairs(2 * m), position(k, -1) {
-    for (int64_t p = 0; p < 2 * m; ++p) {
-      int64_t& at = position[row_pairs[p]];
+  NamedRows(const Pairs& named, int64_t k) : pairs(2 * named.count), position(k, -1) {
+    for (int64_t p = 0; p < 2 * named.count; ++p) {
+      int64_t& at = position[named.index[p]];
       if (at < 0) {
         at = rows.size();
-        rows.push_back(row_pairs[p]);
+        rows.push_back(named.index[p]);
       }
       pairs[p] = at;
     }
@@ -48,29 +48,28 @@ struct NamedRows {
 }  // namespace
 
 template <class T>
-void pair_distance(const T* mean, const T* var, const int64_t* pairs, int64_t m, int64_t k,
-                   int64_t d, double eps, T* distance) {
+void pair_distance(Cpu, Moments<T> of, Pairs pairs, double eps, T* distance) {
+  if (pairs.count == 0) return;
   const PairKernels<T>& kernels = pair_kernels<T>();
-  const Rows<T> rows = {mean, var, k, d, T(eps)};
-  if (m == 0) return;
-  const T scale = typical_scale(rows, pairs, m), near = near_limit<T>(d);
-  const int64_t vectors = d / kernels.lanes + 1;
-  parallel_for(0, m, 1 + kGrain / vectors, [&](int64_t first, int64_t last) {
-    kernels.pair_distance(rows, pairs, first, last, scale, distance);
+  const Rows<T> rows(of, eps);
+  const T scale = typical_scale(rows, pairs), near = near_limit<T>(rows.d);
+  const int64_t vectors = rows.d / kernels.lanes + 1;
+  parallel_for(0, pairs.count, grain_of(kGrain, vectors), [&](int64_t first, int64_t last) {
+    kernels.pair_distance(rows, pairs.index, first, last, scale, distance);
     for (int64_t p = first; p < last; ++p)
       if (distance[p] < near)
-        distance[p] = kernels.near_distance(rows, pairs[2 * p], pairs[2 * p + 1]);
+        distance[p] = kernels.near_distance(rows, pairs.index[2 * p], pairs.index[2 * p + 1]);
   });
 }
 
 template <class T>
-void pair_distance_backward(const T* grad, const T* mean, const T* var, const int64_t* pairs,
-                            int64_t m, int64_t k, int64_t d, double eps, T* grad_mean,
-                            T* grad_var) {
+void pair_distance_backward(Cpu, const T* grad, Moments<T> of, Pairs pairs, double eps,
+                            T* grad_mean, T* grad_var) {
   const PairKernels<T>& kernels = pair_kernels<T>();
-  const Rows<T> rows = {mean, var, k, d, T(eps)};
-  const NamedRows named(pairs, m, k);
-  for (int64_t row = 0; row < k; ++row)
+  const Rows<T> rows(of, eps);
+  const int64_t d = rows.d, m = pairs.count;
+  const NamedRows named(pairs, rows.k);
+  for (int64_t row = 0; row < rows.k; ++row)
     if (named.position[row] < 0) {
       std::fill_n(grad_mean + row * d, d, T(0));
       std::fill_n(grad_var + row * d, d, T(0));
@@ -82,7 +81,7 @@ void pair_distance_backward(const T* grad, const T* mean, const T* var, const in
   const int64_t vectors = std::clamp<int64_t>(cache_bytes / (4 * vector_bytes * (n + 1)), 1, 4);
   const int64_t width = vectors * kernels.lanes, slices = (d + width - 1) / width;
   parallel_for(
-      0, slices, 1 + kGrain / (3 * vectors * (m + n + 1)), [&](int64_t begin, int64_t end) {
+      0, slices, grain_of(kGrain, 3 * vectors * (m + n + 1)), [&](int64_t begin, int64_t end) {
         const Buffer<T> work(n * 4 * width);
         for (int64_t slice = begin; slice < end; ++slice)
           kernels.pair_distance_backward(rows, grad, named.pairs.data(), m, named.rows.data(), n,
@@ -91,13 +90,10 @@ void pair_distance_backward(const T* grad, const T* mean, const T* var, const in
       });
 }
 
-#define CWBR_INSTANTIATE(T)                                                                   \
-  template void pair_distance(const T*, const T*, const int64_t*, int64_t, int64_t, int64_t,  \
-                              double, T*);                                                    \
-  template void pair_distance_backward(const T*, const T*, const T*, const int64_t*, int64_t, \
-                                       int64_t, int64_t, double, T*, T*);
+#define CWBR_INSTANTIATE(T)                                        \
+  template void pair_distance(Cpu, Moments<T>, Pairs, double, T*); \
+  template void pair_distance_backward(Cpu, const T*, Moments<T>, Pairs, double, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
-#undef CWBR_INSTANTIATE
 
 }  // namespace cwbr

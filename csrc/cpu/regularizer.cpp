@@ -3,13 +3,12 @@
 // and its temporaries stay in the nearest caches. The slices depend on the shapes alone. The
 // backward pass computes a slice's moments again, which costs less than keeping them.
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <numeric>
 #include <vector>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
 #include "cpu/kernels.h"
+#include "cpu/overlap.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -29,7 +28,7 @@ struct ActivePairs {
   std::vector<int64_t> group;     // of each row
   std::vector<bool> is_active;    // of each group
 
-  ActivePairs(const Pairs<T>& pairs, const T* coefficients, int64_t groups) : is_active(groups) {
+  ActivePairs(const Pairs& pairs, const T* coefficients, int64_t groups) : is_active(groups) {
     std::vector<int64_t> row(groups, -1);
     for (int64_t p = 0; p < pairs.count; ++p) {
       if (coefficients[p] == 0) continue;
@@ -48,6 +47,7 @@ struct ActivePairs {
 
   int64_t count() const { return position.size(); }
   int64_t rows() const { return group.size(); }
+  Pairs pairs() const { return {index.data(), count()}; }
 };
 
 struct Slice {
@@ -58,9 +58,9 @@ class Slices {
  public:
   // active_of(l) are the active pairs of layer l.
   template <class T, class ActiveOf>
-  Slices(const Layer<T>* layers, int64_t layer_count, int64_t batch, const ActiveOf& active_of) {
+  Slices(const std::vector<Layer<T>>& layers, int64_t batch, const ActiveOf& active_of) {
     int64_t elements = 0;
-    for (int64_t l = 0; l < layer_count; ++l) {
+    for (int64_t l = 0; l < std::ssize(layers); ++l) {
       const ActivePairs<T>& active = active_of(l);
       const int64_t per_column = batch + 2 * active.count(), dims = layers[l].dims;
       const int64_t widest = std::min(kCacheElements / std::max<int64_t>(1, active.rows()),
@@ -107,9 +107,9 @@ Matrix<const In> input(const Layer<T>& layer, int64_t batch) {
 
 // Moments of the slice's active groups, (rows, width).
 template <class In, class T>
-void slice_moments(const Layer<T>& layer, const Slice& slice, int64_t batch, Groups groups,
+void slice_moments(const Layer<T>& layer, const Slice& slice, Groups groups,
                    const ActivePairs<T>& active, T eps, T* mean, T* var) {
-  const Matrix<const In> z = input<In>(layer, batch);
+  const Matrix<const In> z = input<In>(layer, groups.batch);
   for (int64_t r = 0; r < active.rows(); ++r) {
     const int64_t k = active.group[r], at = r * slice.width;
     batch_loops<In>().moments(group_rows(z, groups, k, slice.begin, slice.width), eps, mean + at,
@@ -119,10 +119,10 @@ void slice_moments(const Layer<T>& layer, const Slice& slice, int64_t batch, Gro
 
 // Gradient of the slice's columns of z from those of the moments, all (rows, width).
 template <class In, class T>
-void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Groups groups,
+void slice_gradient(const Layer<T>& layer, const Slice& slice, Groups groups,
                     const ActivePairs<T>& active, T eps, const T* mean, const T* var,
                     const T* grad_mean, const T* grad_var) {
-  const Matrix<const In> z = input<In>(layer, batch);
+  const Matrix<const In> z = input<In>(layer, groups.batch);
   In* grad = static_cast<In*>(layer.grad) + slice.begin;
   const auto clear = [&](int64_t sample) {
     std::fill_n(grad + sample * layer.dims, slice.width, In{});
@@ -131,7 +131,7 @@ void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Gr
     if (active.is_active[k]) continue;
     for (int64_t s = 0; s < groups.size(k); ++s) clear(groups.samples(k)[s]);
   }
-  for (int64_t s = groups.offsets[groups.count]; s < batch; ++s) clear(groups.order[s]);
+  for (int64_t s = groups.offsets[groups.count]; s < groups.batch; ++s) clear(groups.order[s]);
 
   for (int64_t r = 0; r < active.rows(); ++r) {
     const int64_t k = active.group[r], at = r * slice.width;
@@ -142,137 +142,99 @@ void slice_gradient(const Layer<T>& layer, const Slice& slice, int64_t batch, Gr
 }
 
 template <class T>
-double total_weight(const Pairs<T>& pairs) {
-  double total = 0;
-  for (int64_t p = 0; p < pairs.count; ++p) total += pairs.weights[p];
-  return total;
+double total_weight(const WeightedPairs<T>& pairs) {
+  return std::accumulate(pairs.weights, pairs.weights + pairs.count, 0.0);
 }
 
-// share[p] = w_p exp(-D_p - shift), with the shift, which is returned, that makes the largest 1.
-// Zero weights have share 0 whatever their distance; NaN stays NaN.
+// Of one layer, from its distances.
 template <class T>
-double shifted_overlaps(const Pairs<T>& pairs, const T* distance, std::vector<T>& share) {
-  constexpr T none = -std::numeric_limits<T>::infinity();
-  T largest = none;
-  for (int64_t p = 0; p < pairs.count; ++p) {
-    share[p] = pairs.weights[p] == 0 ? none : std::log(pairs.weights[p]) - distance[p];
-    largest = share[p] > largest ? share[p] : largest;
-  }
-  if (std::isinf(largest)) largest = 0;
-  for (T& s : share) s = std::exp(s - largest);
-  return largest;
+OverlapSum layer_overlap(const WeightedPairs<T>& pairs, bool log, const T* distance) {
+  return overlap_sum<T>(log, [&](const auto& use) {
+    for (int64_t p = 0; p < pairs.count; ++p) use(pairs.weights[p], distance[p]);
+  });
 }
 
+// The gradient with respect to the distances of a layer.
 template <class T>
-double sum(const std::vector<T>& values) {
-  double total = 0;
-  for (const T value : values) total += value;
-  return total;
-}
-
-template <class T>
-double overlap(const Pairs<T>& pairs, double eps, bool log, const T* distance) {
+std::vector<T> distance_gradients(double grad, const WeightedPairs<T>& pairs, double eps, bool log,
+                                  const T* distance) {
   const double total = total_weight(pairs);
-  if (log && total == 0) return 0;
-  std::vector<T> share(pairs.count);
-  if (log) {
-    const double shift = shifted_overlaps(pairs, distance, share);
-    return shift + std::log(sum(share)) - std::log(total);
-  }
-  for (int64_t p = 0; p < pairs.count; ++p) share[p] = pairs.weights[p] * std::exp(-distance[p]);
-  return sum(share) / (total < eps ? eps : total);
-}
-
-// Gradient of `overlap` with respect to the distances.
-template <class T>
-std::vector<T> overlap_gradient(double grad, const Pairs<T>& pairs, double eps, bool log,
-                                const T* distance) {
-  const double total = total_weight(pairs);
+  const OverlapSum all = log ? layer_overlap(pairs, log, distance) : OverlapSum();
   std::vector<T> gradient(pairs.count);
-  if (!log) {
-    const T scale = -grad / (total < eps ? eps : total);
-    for (int64_t p = 0; p < pairs.count; ++p) {
-      gradient[p] = scale * pairs.weights[p] * std::exp(-distance[p]);
-    }
-  } else if (total != 0) {
-    shifted_overlaps(pairs, distance, gradient);
-    const T scale = -grad / sum(gradient);
-    for (T& g : gradient) g *= scale;
-  }
+  for (int64_t p = 0; p < pairs.count; ++p)
+    gradient[p] = T(overlap_gradient(log, grad, pairs.weights[p], distance[p], all, total, eps));
   return gradient;
 }
 
 }  // namespace
 
 template <class T>
-T regularizer(const Layer<T>* layers, int64_t layer_count, int64_t batch, Groups groups,
-              Pairs<T> pairs, double eps, bool log, T* distance) {
+void regularizer(Cpu cpu, const std::vector<Layer<T>>& layers, Groups groups,
+                 WeightedPairs<T> pairs, double eps, bool log, T* distance, T* value) {
   const ActivePairs<T> active(pairs, pairs.weights, groups.count);
   const int64_t rows = active.rows(), m = active.count();
   const auto active_of = [&](int64_t) -> const ActivePairs<T>& { return active; };
-  const Slices slices(layers, layer_count, batch, active_of);
+  const Slices slices(layers, groups.batch, active_of);
   std::vector<T> partial(slices.size() * m);
   slices.for_each([&](int64_t s) {
     if (m == 0) return;
     const Slice& slice = slices[s];
     const Layer<T>& layer = layers[slice.layer];
     T *mean = scratch<T>(2 * rows * slice.width), *var = mean + rows * slice.width;
-    with_input_type_of<T>(layer.type, [&](auto in) {
-      slice_moments<decltype(in)>(layer, slice, batch, groups, active, static_cast<T>(eps), mean,
-                                  var);
+    with_element_type_of<T>(layer.type, [&]<class In>(In) {
+      slice_moments<In>(layer, slice, groups, active, static_cast<T>(eps), mean, var);
     });
-    pair_distance(mean, var, active.index.data(), m, rows, slice.width, eps,
-                  partial.data() + s * m);
+    pair_distance(cpu, {mean, var, rows, slice.width}, active.pairs(), eps, partial.data() + s * m);
   });
 
-  std::fill_n(distance, layer_count * pairs.count, T(0));
+  std::fill_n(distance, layers.size() * pairs.count, T(0));
   for (int64_t s = 0; s < slices.size(); ++s) {
     T* of_layer = distance + slices[s].layer * pairs.count;
     for (int64_t a = 0; a < m; ++a) of_layer[active.position[a]] += partial[s * m + a];
   }
-  double value = 0;
-  for (int64_t l = 0; l < layer_count; ++l) {
-    value += overlap(pairs, eps, log, distance + l * pairs.count);
-  }
-  return value / layer_count;
+  const double total = total_weight(pairs);
+  double sum = 0;
+  for (size_t l = 0; l < layers.size(); ++l)
+    sum += overlap_value(layer_overlap(pairs, log, distance + l * pairs.count), total, eps, log);
+  *value = T(sum / layers.size());
 }
 
 template <class T>
-void regularizer_backward(T grad, const Layer<T>* layers, int64_t layer_count, int64_t batch,
-                          Groups groups, Pairs<T> pairs, double eps, bool log, const T* distance) {
+void regularizer_backward(Cpu cpu, const T* grad, const std::vector<Layer<T>>& layers,
+                          Groups groups, WeightedPairs<T> pairs, double eps, bool log,
+                          const T* distance) {
   // Where the overlap, hence the gradient, of a pair is 0 there is nothing to compute.
   std::vector<ActivePairs<T>> active_pairs;
-  for (int64_t l = 0; l < layer_count; ++l) {
-    const std::vector<T> gradient = overlap_gradient(static_cast<double>(grad) / layer_count, pairs,
-                                                     eps, log, distance + l * pairs.count);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const std::vector<T> gradient = distance_gradients(double(*grad) / layers.size(), pairs, eps,
+                                                       log, distance + l * pairs.count);
     active_pairs.emplace_back(pairs, gradient.data(), groups.count);
   }
   const auto active_of = [&](int64_t l) -> const ActivePairs<T>& { return active_pairs[l]; };
-  const Slices slices(layers, layer_count, batch, active_of);
+  const Slices slices(layers, groups.batch, active_of);
   slices.for_each([&](int64_t s) {
     const Slice& slice = slices[s];
     const Layer<T>& layer = layers[slice.layer];
     const ActivePairs<T>& active = active_pairs[slice.layer];
-    const int64_t rows = active.rows(), m = active.count(), size = rows * slice.width;
+    const int64_t rows = active.rows(), size = rows * slice.width;
     T *mean = scratch<T>(4 * size), *var = mean + size;
     T *grad_mean = var + size, *grad_var = grad_mean + size;
-    with_input_type_of<T>(layer.type, [&](auto in) {
-      using In = decltype(in);
+    with_element_type_of<T>(layer.type, [&]<class In>(In) {
       const T clamp = static_cast<T>(eps);
-      slice_moments<In>(layer, slice, batch, groups, active, clamp, mean, var);
-      if (m > 0)
-        pair_distance_backward(active.coefficient.data(), mean, var, active.index.data(), m, rows,
-                               slice.width, eps, grad_mean, grad_var);
-      slice_gradient<In>(layer, slice, batch, groups, active, clamp, mean, var, grad_mean,
-                         grad_var);
+      slice_moments<In>(layer, slice, groups, active, clamp, mean, var);
+      if (active.count() > 0)
+        pair_distance_backward(cpu, active.coefficient.data(), {mean, var, rows, slice.width},
+                               active.pairs(), eps, grad_mean, grad_var);
+      slice_gradient<In>(layer, slice, groups, active, clamp, mean, var, grad_mean, grad_var);
     });
   });
 }
 
 #define CWBR_INSTANTIATE(T)                                                                      \
-  template T regularizer(const Layer<T>*, int64_t, int64_t, Groups, Pairs<T>, double, bool, T*); \
-  template void regularizer_backward(T, const Layer<T>*, int64_t, int64_t, Groups, Pairs<T>,     \
-                                     double, bool, const T*);
+  template void regularizer(Cpu, const std::vector<Layer<T>>&, Groups, WeightedPairs<T>, double, \
+                            bool, T*, T*);                                                       \
+  template void regularizer_backward(Cpu, const T*, const std::vector<Layer<T>>&, Groups,        \
+                                     WeightedPairs<T>, double, bool, const T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
 

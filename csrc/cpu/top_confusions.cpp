@@ -1,5 +1,5 @@
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace cwbr {
@@ -10,8 +10,8 @@ constexpr int64_t kGrain = 1 << 15;  // logits per thread
 }  // namespace
 
 template <class In, class T>
-void top_confusions(Matrix<const In> logits, const int64_t* targets, const bool* seen, int64_t top,
-                    int64_t* index, T* weight, T* own) {
+void top_confusions(Cpu, Matrix<const In> logits, const int64_t* targets, const bool* seen,
+                    int64_t top, int64_t* index, T* weight, T* own) {
   const auto& loops = batch_loops<In>();
   parallel_for(0, logits.rows, grain_of(kGrain, logits.cols), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
@@ -21,9 +21,9 @@ void top_confusions(Matrix<const In> logits, const int64_t* targets, const bool*
   });
 }
 
-#define CWBR_INSTANTIATE(In, T)                                                                  \
-  template void top_confusions(Matrix<const In>, const int64_t*, const bool*, int64_t, int64_t*, \
-                               T*, T*);
+#define CWBR_INSTANTIATE(In, T)                                                             \
+  template void top_confusions(Cpu, Matrix<const In>, const int64_t*, const bool*, int64_t, \
+                               int64_t*, T*, T*);
 CWBR_FOR_EACH_INPUT(CWBR_INSTANTIATE)
 
 }  // namespace cwbr

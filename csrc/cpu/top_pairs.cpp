@@ -2,7 +2,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/batch_kernels.h"
+#include "cpu/kernels.h"
 
 namespace cwbr {
 namespace {
@@ -82,8 +82,8 @@ void offer(Selection<T>& selection, const T* row, int64_t i, int64_t begin, int6
 }  // namespace
 
 template <class T>
-void top_pairs(const T* alpha, int64_t used, int64_t groups, int64_t m, int64_t* pairs,
-               T* weights) {
+void top_pairs_of_used(const T* alpha, int64_t used, int64_t groups, int64_t m, int64_t* pairs,
+                       T* weights) {
   if (m == 0) return;
   Selection<T> selection(m, groups * (groups - 1) / 2);
   for (int64_t i = 0; i < groups; ++i) {
@@ -99,7 +99,7 @@ void top_pairs(const T* alpha, int64_t used, int64_t groups, int64_t m, int64_t*
   }
 }
 
-template void top_pairs(const float*, int64_t, int64_t, int64_t, int64_t*, float*);
-template void top_pairs(const double*, int64_t, int64_t, int64_t, int64_t*, double*);
+template void top_pairs_of_used(const float*, int64_t, int64_t, int64_t, int64_t*, float*);
+template void top_pairs_of_used(const double*, int64_t, int64_t, int64_t, int64_t*, double*);
 
 }  // namespace cwbr

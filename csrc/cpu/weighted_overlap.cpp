@@ -2,19 +2,18 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <vector>
 
-#include "kernels.h"
-#include "pair_blocks.h"
-#include "parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/overlap.h"
+#include "cpu/pair_blocks.h"
+#include "cpu/parallel.h"
 
 namespace cwbr {
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kTileGrain = 32;  // tiles of logarithmic shares that are worth a thread
 
 // exp(-D) is 0 in T where D exceeds this: a pair known to be that far apart needs no exact
@@ -41,7 +40,7 @@ double sum(const T* begin, const T* end) {
 template <class T>
 double total_weight(const T* alpha, int64_t k) {
   std::vector<double> by_row(k);
-  parallel_for(0, k, 1 + (1 << 18) / (k + 1), [&](int64_t first, int64_t last) {
+  parallel_for(0, k, grain_of(1 << 18, k), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       by_row[i] = sum(alpha + i * k + i + 1, alpha + (i + 1) * k);
   });
@@ -58,23 +57,6 @@ void scale_all(double factor, int64_t size, T* grad_mean, T* grad_var) {
   });
 }
 
-// sum * exp(highest): the weighted overlap of some pairs, far below the range of a double.
-struct LogSum {
-  double sum = 0, highest = -kInfinity;
-
-  double top() const { return highest == -kInfinity ? 0 : highest; }
-
-  void add(const LogSum& other) {
-    if (highest == other.highest) {
-      sum += other.sum;
-      return;
-    }
-    const double top = std::max(highest, other.highest);
-    sum = sum * std::exp(highest - top) + other.sum * std::exp(other.highest - top);
-    highest = top;
-  }
-};
-
 // Calls use(weight, p) for the pairs of a tile, whose distances are tile.distance[p].
 template <class T, class Use>
 void for_pairs(const Tile<T>& tile, const T* alpha, int64_t k, const Use& use) {
@@ -84,34 +66,22 @@ void for_pairs(const Tile<T>& tile, const T* alpha, int64_t k, const Use& use) {
       use(alpha[(i + r) * k + j + c], r * kTile + c);
 }
 
-// Leaves exp(-D) of each pair in `overlap`.
 template <class T>
-LogSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, T* overlap) {
-  LogSum result = {0, 0};
+OverlapSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, bool log) {
+  return overlap_sum<T>(log, [&](const auto& use) {
+    for_pairs(tile, alpha, k, [&](T weight, int64_t p) { use(weight, tile.distance[p]); });
+  });
+}
+
+// Plainly; leaves exp(-D) of each pair in `overlap`.
+template <class T>
+OverlapSum tile_overlap(const Tile<T>& tile, const T* alpha, int64_t k, T* overlap) {
+  OverlapSum result = {0, 0};
   for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
     overlap[p] = std::exp(-tile.distance[p]);
     result.sum += weight * overlap[p];
   });
   return result;
-}
-
-template <class T>
-LogSum tile_log_overlap(const Tile<T>& tile, const T* alpha, int64_t k) {
-  LogSum result;
-  for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
-    if (weight != 0) result.highest = std::max(result.highest, -double(tile.distance[p]));
-  });
-  const double top = result.top();
-  for_pairs(tile, alpha, k, [&](T weight, int64_t p) {
-    if (weight != 0) result.sum += weight * std::exp(-double(tile.distance[p]) - top);
-  });
-  return result;
-}
-
-template <class T>
-T overlap_value(const LogSum& overlap, double total, double eps, bool log) {
-  if (!log) return T(overlap.sum / std::max(total, eps));
-  return T(std::log(overlap.sum / total) + (overlap.sum == 0 ? 0 : overlap.highest));
 }
 
 // The gradient of the overlap from that of each pair's distance, block by block.
@@ -123,13 +93,13 @@ T overlap_value(const LogSum& overlap, double total, double eps, bool log) {
 template <class T>
 class OverlapGradient {
  public:
-  OverlapGradient(double grad, PairBlocks<T>& blocks, const T* alpha, int64_t k, int64_t d,
+  OverlapGradient(double grad, PairBlocks<T>& blocks, const T* alpha, const Moments<T>& of,
                   double total, double eps, bool log, T* grad_mean, T* grad_var)
       : blocks_(blocks),
         gradient_(blocks.max_rows()),
         alpha_(alpha),
-        k_(k),
-        d_(d),
+        k_(of.rows),
+        d_(of.dims),
         total_(total),
         grad_(grad),
         unit_(log ? 1 : small_unit(grad)),
@@ -140,16 +110,16 @@ class OverlapGradient {
 
   void begin(int64_t a, int64_t b) { gradient_.reset(blocks_.block(a, b), T(unit_)); }
 
-  LogSum add(const Tile<T>& tile) {
+  OverlapSum add(const Tile<T>& tile) {
     const auto& [first_i, first_j, count_i, count_j] = tile.rows;
     if (log_) {
       for (int64_t r = 0; r < count_i; ++r)
         for (int64_t c = 0; c < count_j; ++c)
           gradient_.at(first_i + r, first_j + c) = tile.distance[r * kTile + c];
-      return tile_log_overlap(tile, alpha_, k_);
+      return tile_overlap(tile, alpha_, k_, true);
     }
     T overlap[kTile * kTile];
-    const LogSum sum = tile_overlap(tile, alpha_, k_, overlap);
+    const OverlapSum sum = tile_overlap(tile, alpha_, k_, overlap);
     gradient_.write_tile(tile.rows, [&](int64_t i, int64_t j) {
       return T(scale_ * alpha_[i * k_ + j] * overlap[(i - tile.rows.i) * kTile + j - tile.rows.j]);
     });
@@ -157,7 +127,7 @@ class OverlapGradient {
   }
 
   // `before` and `now` are the sums over all blocks without and with this one.
-  void end(int64_t a, int64_t b, const LogSum& before, const LogSum& now) {
+  void end(int64_t a, int64_t b, const OverlapSum& before, const OverlapSum& now) {
     if (log_) {
       if (now.highest > before.highest)
         scale_all(std::exp(before.highest - now.highest), written(a, b), grad_mean_, grad_var_);
@@ -166,7 +136,7 @@ class OverlapGradient {
     blocks_.gradients(gradient_, grad_mean_, grad_var_);
   }
 
-  void finish(const LogSum& overlap) {
+  void finish(const OverlapSum& overlap) {
     if (log_) scale_all(grad_ * total_ / overlap.sum, k_ * d_, grad_mean_, grad_var_);
   }
 
@@ -211,26 +181,23 @@ struct OverlapAlone {
   bool log;
 
   void begin(int64_t, int64_t) const {}
-  LogSum add(const Tile<T>& tile) const {
-    T ignored[kTile * kTile];
-    return log ? tile_log_overlap(tile, alpha, k) : tile_overlap(tile, alpha, k, ignored);
-  }
-  void end(int64_t, int64_t, const LogSum&, const LogSum&) const {}
+  OverlapSum add(const Tile<T>& tile) const { return tile_overlap(tile, alpha, k, log); }
+  void end(int64_t, int64_t, const OverlapSum&, const OverlapSum&) const {}
 };
 
 // Sums of all tiles, in an order that does not depend on the threads.
 template <class T, class Blocks>
-LogSum sum_blocks(PairBlocks<T>& blocks, bool log, Blocks&& each) {
+OverlapSum sum_blocks(PairBlocks<T>& blocks, bool log, Blocks&& each) {
   const T limit = far_apart<T>(log);
-  LogSum overlap;
-  std::vector<LogSum> by_tile;
+  OverlapSum overlap;
+  std::vector<OverlapSum> by_tile;
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
-    by_tile.assign(blocks.tiles(a, b).size(), LogSum());
+    by_tile.assign(blocks.tiles(a, b).size(), OverlapSum());
     each.begin(a, b);
     blocks.distances(a, b, limit,
                      [&](const Tile<T>& tile) { by_tile[tile.index] = each.add(tile); });
-    const LogSum before = overlap;
-    for (const LogSum& sum : by_tile) overlap.add(sum);
+    const OverlapSum before = overlap;
+    for (const OverlapSum& sum : by_tile) overlap.add(sum);
     each.end(a, b, before, overlap);
   });
   return overlap;
@@ -239,37 +206,37 @@ LogSum sum_blocks(PairBlocks<T>& blocks, bool log, Blocks&& each) {
 }  // namespace
 
 template <class T>
-T weighted_overlap(const T* mean, const T* var, const T* alpha, int64_t k, int64_t d, double eps,
-                   bool log) {
-  const double total = total_weight(alpha, k);
-  if (log && total == 0) return 0;
-  PairBlocks<T> blocks(mean, var, k, d, eps);
-  const LogSum overlap = sum_blocks(blocks, log, OverlapAlone<T>{alpha, k, log});
-  return overlap_value<T>(overlap, total, eps, log);
+void weighted_overlap(Cpu, Moments<T> of, const T* alpha, double eps, bool log, T* value) {
+  const double total = total_weight(alpha, of.rows);
+  PairBlocks<T> blocks(of, eps);
+  const OverlapSum all = log && total == 0
+                             ? OverlapSum()
+                             : sum_blocks(blocks, log, OverlapAlone<T>{alpha, of.rows, log});
+  *value = T(overlap_value(all, total, eps, log));
 }
 
 template <class T>
-T weighted_overlap_with_gradient(T grad, const T* mean, const T* var, const T* alpha, int64_t k,
-                                 int64_t d, double eps, bool log, T* grad_mean, T* grad_var) {
-  const double total = total_weight(alpha, k);
-  if (k < 2 || (log && total == 0)) {
-    std::fill_n(grad_mean, k * d, T(0));
-    std::fill_n(grad_var, k * d, T(0));
-    return 0;
+void weighted_overlap_with_gradient(Cpu, const T* grad, Moments<T> of, const T* alpha, double eps,
+                                    bool log, T* value, T* grad_mean, T* grad_var) {
+  const double total = total_weight(alpha, of.rows);
+  if (of.rows < 2 || (log && total == 0)) {
+    std::fill_n(grad_mean, of.rows * of.dims, T(0));
+    std::fill_n(grad_var, of.rows * of.dims, T(0));
+    *value = 0;
+    return;
   }
-  PairBlocks<T> blocks(mean, var, k, d, eps);
-  OverlapGradient<T> gradient(grad, blocks, alpha, k, d, total, eps, log, grad_mean, grad_var);
-  const LogSum overlap = sum_blocks(blocks, log, gradient);
-  gradient.finish(overlap);
-  return overlap_value<T>(overlap, total, eps, log);
+  PairBlocks<T> blocks(of, eps);
+  OverlapGradient<T> gradient(*grad, blocks, alpha, of, total, eps, log, grad_mean, grad_var);
+  const OverlapSum all = sum_blocks(blocks, log, gradient);
+  gradient.finish(all);
+  *value = T(overlap_value(all, total, eps, log));
 }
 
-#define CWBR_INSTANTIATE(T)                                                                    \
-  template T weighted_overlap(const T*, const T*, const T*, int64_t, int64_t, double, bool);   \
-  template T weighted_overlap_with_gradient(T, const T*, const T*, const T*, int64_t, int64_t, \
-                                            double, bool, T*, T*);
+#define CWBR_INSTANTIATE(T)                                                                       \
+  template void weighted_overlap(Cpu, Moments<T>, const T*, double, bool, T*);                    \
+  template void weighted_overlap_with_gradient(Cpu, const T*, Moments<T>, const T*, double, bool, \
+                                               T*, T*, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
-#undef CWBR_INSTANTIATE
 
 }  // namespace cwbr

@@ -41,20 +41,19 @@ struct BothSides {
 
 // mean, var (K, D) -> distance (K, K), symmetric with a zero diagonal.
 template <class A, class Launcher>
-void all_pair_distance(Launcher& launch, const A* mean, const A* var, int64_t rows, int64_t dims,
-                       double eps, A* distance) {
-  if (rows == 0) return;
-  const TileJob<A> job = pack_tiles<A>(launch, mean, var, rows, dims, eps, nullptr, nullptr);
-  launch_tiles(launch, job, WriteDistances<A>{distance, rows});
+void all_pair_distance(Launcher& launch, Moments<A> of, double eps, A* distance) {
+  if (of.rows == 0) return;
+  const TileJob<A> job = pack_tiles(launch, of, eps);
+  launch_tiles(launch, job, WriteDistances<A>{distance, of.rows});
 }
 
 // grad (K, K) -> grad_mean, grad_var (K, D).
 template <class A, class Launcher>
-void all_pair_distance_backward(Launcher& launch, const A* grad, const A* mean, const A* var,
-                                int64_t rows, int64_t dims, double eps, A* grad_mean, A* grad_var) {
-  if (rows == 0) return;
-  const TileJob<A> job = pack_tiles<A>(launch, mean, var, rows, dims, eps, nullptr, nullptr);
-  tiles_backward(launch, job, BothSides<A>{grad, rows}, grad_mean, grad_var);
+void all_pair_distance_backward(Launcher& launch, const A* grad, Moments<A> of, double eps,
+                                A* grad_mean, A* grad_var) {
+  if (of.rows == 0) return;
+  const TileJob<A> job = pack_tiles(launch, of, eps);
+  tiles_backward(launch, job, BothSides<A>{grad, of.rows}, grad_mean, grad_var);
 }
 
 }  // namespace cwbr::cuda

@@ -31,6 +31,11 @@ struct GradientLayer {
   T* grad_z;                    // (B, dims)
   int64_t dims;
   int64_t first_slice = 0;
+
+  __device__ bool vectors() const {
+    return vectors_fit(z, dims) && vectors_fit(mean, dims) && vectors_fit(var, dims) &&
+           vectors_fit(grad_z, dims);
+  }
 };
 
 // A layer whose gradients with respect to the moments are given.
@@ -38,6 +43,11 @@ template <class T>
 struct MomentGradientLayer : GradientLayer<T> {
   const accumulate_t<T>* grad_mean;  // (K, dims)
   const accumulate_t<T>* grad_var;   // (K, dims)
+
+  __device__ bool vectors() const {
+    return GradientLayer<T>::vectors() && vectors_fit(grad_mean, this->dims) &&
+           vectors_fit(grad_var, this->dims);
+  }
 };
 
 template <class Layer>
@@ -52,13 +62,6 @@ __device__ const Layer& layer_of(const Layers<Layer>& layers, int64_t slice) {
   while (found + 1 < layers.count && slice >= layers.layer[found + 1].first_slice) ++found;
   return layers.layer[found];
 }
-
-struct Groups {
-  const int64_t* order;
-  const int64_t* offsets;
-  int64_t count;  // K
-  int64_t batch;  // B
-};
 
 template <class T, int WIDTH>
 __device__ void moments_of_columns(const MomentLayer<T>& layer, const Groups& groups, int64_t group,
@@ -167,7 +170,7 @@ __device__ void moments_backward(const Layers<Layer>& layers, const Groups& grou
   const int64_t rows = groups.count > 0 ? groups.count : 1;
   const int64_t slice = blockIdx.x / rows, group = blockIdx.x % rows;
   const Layer& layer = layer_of(layers, slice);
-  const bool vectors = vectors_fit(layer.z, layer.dims) && vectors_fit(layer.grad_z, layer.dims);
+  const bool vectors = layer.vectors();
   for_columns<T>(slice - layer.first_slice, layer.dims, vectors, [&](auto width, int64_t column) {
     clear_gradient<T, width.value>(layer, groups, group, rows, column);
     if (group == groups.count || groups.offsets[group] == groups.offsets[group + 1]) return;
@@ -198,26 +201,25 @@ void add_layer(Layers<Layer>& layers, int64_t& slices, Layer layer) {
 }
 
 // z (B, D) and groups -> mean, var (K, D).
-template <class T, class Launcher>
-void class_moments(Launcher& launch, const T* z, int64_t dims, Groups groups, double eps,
-                   accumulate_t<T>* mean, accumulate_t<T>* var) {
+template <class T, class Launcher, class A>
+void class_moments(Launcher& launch, Matrix<const T> z, Groups groups, double eps, A* mean,
+                   A* var) {
   Layers<MomentLayer<T>> layers{};
   int64_t slices = 0;
-  add_layer<T>(layers, slices, {z, mean, var, dims});
-  launch(class_moments_kernel<T>, slices * groups.count, kColumnThreads, 0, layers, groups,
-         static_cast<accumulate_t<T>>(eps), static_cast<int*>(nullptr));
+  add_layer<T>(layers, slices, {z.data, mean, var, z.cols});
+  launch(class_moments_kernel<T>, slices * groups.count, kColumnThreads, 0, layers, groups, A(eps),
+         static_cast<int*>(nullptr));
 }
 
-template <class T, class Launcher>
-void class_moments_backward(Launcher& launch, const accumulate_t<T>* grad_mean,
-                            const accumulate_t<T>* grad_var, const T* z, int64_t dims,
-                            const accumulate_t<T>* mean, const accumulate_t<T>* var, Groups groups,
+template <class T, class Launcher, class A>
+void class_moments_backward(Launcher& launch, const A* grad_mean, const A* grad_var,
+                            Matrix<const T> z, const A* mean, const A* var, Groups groups,
                             double eps, T* grad_z) {
   Layers<MomentGradientLayer<T>> layers{};
   int64_t slices = 0;
-  add_layer<T>(layers, slices, {{z, mean, var, grad_z, dims}, grad_mean, grad_var});
+  add_layer<T>(layers, slices, {{z.data, mean, var, grad_z, z.cols}, grad_mean, grad_var});
   launch(class_moments_backward_kernel<T>, slices * (groups.count > 0 ? groups.count : 1),
-         kColumnThreads, 0, layers, groups, static_cast<accumulate_t<T>>(eps));
+         kColumnThreads, 0, layers, groups, A(eps));
 }
 
 }  // namespace cwbr::cuda

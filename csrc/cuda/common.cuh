@@ -5,6 +5,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "arguments.h"
+#include "check.h"
 #include "intrinsics.cuh"
 
 namespace cwbr::cuda {
@@ -23,9 +25,24 @@ constexpr __host__ __device__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Sums over samples and dimensions are kept in float, for double in double.
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// Calls f(T()) with the element type that `type` names, of those that accumulate in A.
+template <class A>
+auto with_element_type_of(ElementType type, const auto& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    return f(double());
+  } else if (type == ElementType::kHalf) {
+    return f(__half());
+  } else if (type == ElementType::kBFloat16) {
+    return f(__nv_bfloat16());
+  } else {
+    return f(float());
+  }
+}
+
+// The same for all element types.
+auto with_any_element_type(ElementType type, const auto& f) {
+  return type == ElementType::kDouble ? f(double()) : with_element_type_of<float>(type, f);
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }

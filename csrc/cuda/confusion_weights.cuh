@@ -146,24 +146,22 @@ __global__ void symmetrize_kernel(SymmetricWeights<A> weights, A* alpha) {
     alpha[at] = i == j ? A{0} : weights(i, j);
 }
 
-template <class T, class Launcher>
-void mean_softmax(Launcher& launch, const T* logits, int64_t num_classes, const int64_t* order,
-                  const int64_t* offsets, const int64_t* classes, int64_t groups,
-                  accumulate_t<T>* mean_probs) {
-  launch(mean_softmax_kernel<T>, groups, kSoftmaxThreads, sizeof(SoftmaxShared<accumulate_t<T>>),
-         logits, num_classes, order, offsets, classes, groups, mean_probs);
+template <class T, class Launcher, class A>
+void mean_softmax(Launcher& launch, Matrix<const T> logits, Groups groups, const int64_t* classes,
+                  A* mean_probs) {
+  launch(mean_softmax_kernel<T>, groups.count, kSoftmaxThreads, sizeof(SoftmaxShared<A>),
+         logits.data, logits.cols, groups.order, groups.offsets, classes, groups.count, mean_probs);
 }
 
 // logits (B, C) and groups -> alpha (K, K), symmetric with a zero diagonal.
-template <class T, class Launcher>
-void confusion_weights(Launcher& launch, const T* logits, int64_t num_classes, const int64_t* order,
-                       const int64_t* offsets, const int64_t* classes, int64_t groups,
-                       accumulate_t<T>* alpha) {
-  using A = accumulate_t<T>;
-  A* mean_probs = launch.template scratch<A>(groups * groups);
-  mean_softmax(launch, logits, num_classes, order, offsets, classes, groups, mean_probs);
-  launch(symmetrize_kernel<A>, ceil_div<int64_t>(groups * groups, kSoftmaxThreads), kSoftmaxThreads,
-         0, SymmetricWeights<A>{mean_probs, groups}, alpha);
+template <class T, class Launcher, class A>
+void confusion_weights(Launcher& launch, Matrix<const T> logits, Groups groups,
+                       const int64_t* classes, A* alpha) {
+  const int64_t weights = groups.count * groups.count;
+  A* mean_probs = launch.template scratch<A>(weights);
+  mean_softmax(launch, logits, groups, classes, mean_probs);
+  launch(symmetrize_kernel<A>, ceil_div<int64_t>(weights, kSoftmaxThreads), kSoftmaxThreads, 0,
+         SymmetricWeights<A>{mean_probs, groups.count}, alpha);
 }
 
 }  // namespace cwbr::cuda

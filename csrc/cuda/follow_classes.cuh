@@ -6,15 +6,6 @@
 
 namespace cwbr::cuda {
 
-// The K classes of a batch that a bank follows.
-template <class A>
-struct FollowedClasses {
-  const int64_t* classes;
-  const A* weight;
-  const A* mean;
-  int64_t count;
-};
-
 // Adjacent numbers of a row that this block also writes.
 template <int WIDTH, class A>
 __device__ void load_own(const A* from, A (&values)[WIDTH]) {
@@ -42,29 +33,27 @@ __device__ void move_towards(A rate, const A* target, int64_t dims, A* mean) {
 
 template <class A>
 __global__ void __launch_bounds__(kColumnThreads)
-    follow_classes_kernel(A* mean, A* count, int64_t num_classes, int64_t dims,
-                          FollowedClasses<A> batch, A least_rate) {
+    follow_classes_kernel(Bank<A> bank, BatchClasses<A> batch, A least_rate) {
   const int64_t k = blockIdx.x, row = batch.classes[k];
   const A weight = batch.weight[k];
   if (row < 0 || !(weight > 0)) return;  // mask: left out
-  device_check(row < num_classes);
-  const A seen = count[row] + weight;
+  device_check(row < bank.classes);
+  const A seen = bank.count[row] + weight;
   __syncthreads();  // all threads have read it
-  if (threadIdx.x == 0) count[row] = seen;
+  if (threadIdx.x == 0) bank.count[row] = seen;
   const A rate = larger(weight / larger(seen, A(1)), least_rate);
-  const bool vectors = vectors_fit(mean, dims) && vectors_fit(batch.mean, dims);
+  const int64_t dims = bank.dims;
+  const bool vectors = vectors_fit(bank.mean, dims) && vectors_fit(batch.mean, dims);
   if (vectors)
-    move_towards<kVectorWidth<A>>(rate, batch.mean + k * dims, dims, mean + row * dims);
+    move_towards<kVectorWidth<A>>(rate, batch.mean + k * dims, dims, bank.mean + row * dims);
   else
-    move_towards<1>(rate, batch.mean + k * dims, dims, mean + row * dims);
+    move_towards<1>(rate, batch.mean + k * dims, dims, bank.mean + row * dims);
 }
 
-// Writes rows of mean (C, D) and count (C,).
+// Writes rows of the bank.
 template <class A, class Launcher>
-void follow_classes(Launcher& launch, A* mean, A* count, int64_t num_classes, int64_t dims,
-                    FollowedClasses<A> batch, A least_rate) {
-  launch(follow_classes_kernel<A>, batch.count, kColumnThreads, 0, mean, count, num_classes, dims,
-         batch, least_rate);
+void follow_classes(Launcher& launch, Bank<A> bank, BatchClasses<A> batch, double momentum) {
+  launch(follow_classes_kernel<A>, batch.count, kColumnThreads, 0, bank, batch, A(1 - momentum));
 }
 
 }  // namespace cwbr::cuda

@@ -95,7 +95,9 @@ static __global__ void __launch_bounds__(kGroupThreads)
 // targets (B,) in [0, num_classes) -> order (B,), offsets (B / min_count + 1,), classes.
 template <class Launcher>
 void group_by_class(Launcher& launch, const int64_t* targets, int64_t batch, int64_t min_count,
-                    int64_t num_classes, int64_t* order, int64_t* offsets, int64_t* classes) {
+                    int64_t* order, int64_t* offsets, int64_t* classes,
+                    int64_t num_classes = kMaxClasses) {
+  check(batch <= kMaxSamples, "targets: expected at most ", kMaxSamples, " samples, got ", batch);
   const int padded = power_of_two_from(batch);
   const bool fits = padded <= kSharedKeys;
   uint64_t* spill = fits ? nullptr : launch.template scratch<uint64_t>(padded);

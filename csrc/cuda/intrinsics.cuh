@@ -4,6 +4,10 @@
 
 #ifdef __CUDACC__
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "cwbr_fused: the CUDA kernels need compute capability 8.0, for asynchronous copies"
+#endif
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -11,24 +11,6 @@ namespace cwbr::cuda {
 constexpr int kPartClasses = 16;  // a block reads them one after the other, a later one their sums
 constexpr int kVariancesThreads = 256;
 
-// The C class means, and how many samples each has seen.
-template <class A>
-struct Bank {
-  const A* mean;
-  const A* count;
-  int64_t num_classes, dims;
-};
-
-// The K classes of a batch, their sizes and moments.
-template <class A>
-struct BatchMoments {
-  const int64_t* classes;
-  const A* size;
-  const A* mean;
-  const A* var;
-  int64_t count;
-};
-
 // The sum of var + mean^2 over the columns of this thread, WIDTH at a time.
 template <int WIDTH, class A>
 __device__ A second_moments(const A* mean, const A* var, int64_t dims) {
@@ -46,15 +28,16 @@ __device__ A second_moments(const A* mean, const A* var, int64_t dims) {
 // Block k: the weight of class k, and in `known` the same if the bank has a mean of it.
 template <class A>
 __global__ void __launch_bounds__(kColumnThreads)
-    class_weights_kernel(Bank<A> bank, BatchMoments<A> batch, A* weight, A* known, int* ticket) {
+    class_weights_kernel(Bank<const A> bank, BatchClasses<A> batch, A* weight, A* known,
+                         int* ticket) {
   SumShared<A>& shared = shared_memory<SumShared<A>>();
   if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
   if (batch.count == 0) return;
   const int64_t k = blockIdx.x, row = batch.classes[k], first = k * bank.dims;
-  const A size = batch.size[k];
+  const A size = batch.weight[k];
   A usable = 0;
   if (row >= 0 && size > 0) {  // mask: left out
-    device_check(row < bank.num_classes);
+    device_check(row < bank.classes);
     const bool vectors = vectors_fit(batch.mean, bank.dims) && vectors_fit(batch.var, bank.dims);
     const A mine =
         vectors ? second_moments<kVectorWidth<A>>(batch.mean + first, batch.var + first, bank.dims)
@@ -70,7 +53,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 // What the classes of a part add to the weighted mean scatter in the columns from `column` on.
 template <class A, int WIDTH>
-__device__ void scatter_of_columns(const Bank<A>& bank, const BatchMoments<A>& batch,
+__device__ void scatter_of_columns(const Bank<const A>& bank, const BatchClasses<A>& batch,
                                    const A* known, A total, int64_t part, int64_t column,
                                    A* partial) {
   const int64_t first = part * kPartClasses, left = batch.count - first;
@@ -100,7 +83,8 @@ __device__ void scatter_of_columns(const Bank<A>& bank, const BatchMoments<A>& b
 // One block for each slice of columns and part of the classes.
 template <class A>
 __global__ void __launch_bounds__(kColumnThreads)
-    scatter_kernel(Bank<A> bank, BatchMoments<A> batch, const A* known, int64_t parts, A* partial) {
+    scatter_kernel(Bank<const A> bank, BatchClasses<A> batch, const A* known, int64_t parts,
+                   A* partial) {
   SumShared<A>& shared = shared_memory<SumShared<A>>();
   const A total = sum_of(known, batch.count, shared.scratch);
   if (!(total > 0)) return;  // as a bank without classes has no rows
@@ -123,14 +107,6 @@ struct VariancesShared {
   A sums[kVariancesThreads / kWarp][kWarp];
   A scratch[kMaxWarps];
   int last;
-};
-
-template <class A>
-struct Variances {
-  A* var;
-  A* updates;
-  A* metric;
-  A least_pace, floor;
 };
 
 // The sum of all parts in the column of this thread's lane, in the threads of the first warp.
@@ -157,20 +133,20 @@ __device__ A sum_of_parts(const A* partial, int64_t parts, int64_t column, int64
 template <class A>
 __global__ void __launch_bounds__(kVariancesThreads)
     variances_kernel(const A* partial, int64_t parts, const A* known, int64_t count, int64_t dims,
-                     Variances<A> variances, int* ticket) {
+                     Variances<A> variances, A least_pace, A floor, int* ticket) {
   VariancesShared<A>& shared = shared_memory<VariancesShared<A>>();
   const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;
   const bool any_known = sum_of(known, count, shared.scratch) > 0;
   const A updates = *variances.updates + (any_known ? A(1) : A(0));
   if (any_known) {  // mask: nothing to learn from
     const A now = sum_of_parts(partial, parts, column, dims, shared);
-    const A pace = larger(1 / larger(updates, A(1)), variances.least_pace);
+    const A pace = larger(1 / larger(updates, A(1)), least_pace);
     if (threadIdx.x < kWarp && column < dims)  // mask: one warp, the last block is ragged
       variances.var[column] = interpolate(variances.var[column], now, pace);
   }
   if (!arrives_last(ticket, gridDim.x, shared.last)) return;
   const A level = sum_of(variances.var, dims, shared.scratch) / dims;
-  const A least = variances.floor * level + kSmallestNormal<A>;
+  const A least = floor * level + kSmallestNormal<A>;
   for (int64_t d = threadIdx.x; d < dims; d += blockDim.x)
     variances.metric[d] = level > 0 ? variances.var[d] + least : A(1);
   if (threadIdx.x == 0) *variances.updates = updates;
@@ -178,8 +154,8 @@ __global__ void __launch_bounds__(kVariancesThreads)
 
 // Writes weight (K,), metric (D,), and var (D,) and updates in place.
 template <class A, class Launcher>
-void observe_classes(Launcher& launch, Bank<A> bank, BatchMoments<A> batch, Variances<A> variances,
-                     A* weight) {
+void observe_classes(Launcher& launch, Bank<const A> bank, BatchClasses<A> batch,
+                     Variances<A> variances, double momentum, double floor, A* weight) {
   const int64_t parts = ceil_div<int64_t>(batch.count, kPartClasses);
   const int64_t slices = ceil_div<int64_t>(bank.dims, kSliceColumns<A>);
   const int64_t blocks = ceil_div<int64_t>(bank.dims, kWarp);
@@ -192,7 +168,7 @@ void observe_classes(Launcher& launch, Bank<A> bank, BatchMoments<A> batch, Vari
          known, parts, partial);
   launch(variances_kernel<A>, blocks > 0 ? blocks : 1, kVariancesThreads,
          sizeof(VariancesShared<A>), partial, parts, known, batch.count, bank.dims, variances,
-         ticket);
+         A(1 - momentum), A(floor), ticket);
 }
 
 }  // namespace cwbr::cuda

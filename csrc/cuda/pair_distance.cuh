@@ -146,25 +146,28 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 // mean, var (K, D), pairs (M, 2) -> distance (M,).
 template <class A, class Launcher>
-void pair_distance(Launcher& launch, const A* mean, const A* var, int64_t groups, int64_t dims,
-                   const int64_t* pairs, int64_t num_pairs, double eps, A* distance) {
-  launch(pair_distance_kernel<A>, num_pairs, kColumnThreads, sizeof(SumShared<A>), mean, var,
-         groups, dims, pairs, static_cast<A>(eps), distance);
+void pair_distance(Launcher& launch, Moments<A> of, Pairs pairs, double eps, A* distance) {
+  launch(pair_distance_kernel<A>, pairs.count, kColumnThreads, sizeof(SumShared<A>), of.mean,
+         of.var, of.rows, of.dims, pairs.index, A(eps), distance);
+}
+
+// The memory for a Touching.
+template <class Launcher>
+Touching new_touching(Launcher& launch, int64_t groups, int64_t pairs) {
+  return {launch.template scratch<int>(groups + 1), launch.template scratch<int>(2 * pairs)};
 }
 
 // grad (M,) -> grad_mean, grad_var (K, D).
 template <class A, class Launcher>
-void pair_distance_backward(Launcher& launch, const A* grad, const A* mean, const A* var,
-                            int64_t groups, int64_t dims, const int64_t* pairs, int64_t num_pairs,
-                            double eps, A* grad_mean, A* grad_var) {
-  if (groups == 0) return;
-  const Touching touching{launch.template scratch<int>(groups + 1),
-                          launch.template scratch<int>(2 * num_pairs)};
-  launch(touching_kernel, groups + 1, kColumnThreads, sizeof(ScanShared), pairs,
-         static_cast<int>(num_pairs), touching);
-  const int64_t slices = ceil_div<int64_t>(dims, kSliceColumns<A>);
-  launch(pair_distance_backward_kernel<A>, slices * groups, kColumnThreads, 0,
-         PairGradients<A>{grad, pairs, touching}, mean, var, groups, dims, static_cast<A>(eps),
+void pair_distance_backward(Launcher& launch, const A* grad, Moments<A> of, Pairs pairs, double eps,
+                            A* grad_mean, A* grad_var) {
+  if (of.rows == 0) return;
+  const Touching touching = new_touching(launch, of.rows, pairs.count);
+  launch(touching_kernel, of.rows + 1, kColumnThreads, sizeof(ScanShared), pairs.index,
+         static_cast<int>(pairs.count), touching);
+  const int64_t slices = ceil_div<int64_t>(of.dims, kSliceColumns<A>);
+  launch(pair_distance_backward_kernel<A>, slices * of.rows, kColumnThreads, 0,
+         PairGradients<A>{grad, pairs.index, touching}, of.mean, of.var, of.rows, of.dims, A(eps),
          grad_mean, grad_var);
 }
 

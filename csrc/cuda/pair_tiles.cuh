@@ -142,8 +142,9 @@ struct TileJob {
 
 // Packs the rows and cuts the work into blocks: as many per tile as fill the processors once.
 template <class A, class Launcher>
-TileJob<A> pack_tiles(Launcher& launch, const A* mean, const A* var, int64_t rows, int64_t dims,
-                      double eps, const A* alpha, A* row_weight) {
+TileJob<A> pack_tiles(Launcher& launch, Moments<A> of, double eps, const A* alpha = nullptr,
+                      A* row_weight = nullptr) {
+  const auto [mean, var, rows, dims] = of;
   TileJob<A> job;
   // One tile of padding where there are no rows, so that there is a block to write the result.
   const int across = rows > 0 ? static_cast<int>(ceil_div<int64_t>(rows, kTileRows<A>)) : 1;

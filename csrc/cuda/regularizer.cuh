@@ -6,6 +6,9 @@
 // result over its samples.
 #pragma once
 
+#include <span>
+#include <vector>
+
 #include "class_moments.cuh"
 #include "overlap.cuh"
 #include "pair_distance.cuh"
@@ -111,58 +114,73 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
       });
 }
 
-// The layers of one launch: they agree in the dtype of z.
-template <class T>
-void moments_of_layers(auto& launch, const MomentLayer<T>* layer, int count, Groups groups,
-                       accumulate_t<T> eps, int* ticket) {
-  for (int first = 0; first < count; first += kMaxLayers) {
-    Layers<MomentLayer<T>> layers{};
-    int64_t slices = 0;
-    for (int k = first; k < count && k < first + kMaxLayers; ++k)
-      add_layer<T>(layers, slices, layer[k]);
-    const int64_t grid = slices * groups.count;
-    launch(class_moments_kernel<T>, grid > 0 ? grid : 1, kColumnThreads, 0, layers, groups, eps,
-           ticket);
+// Calls run(T(), first, last) for each run of layers that one launch takes: they agree in the dtype
+// T of z.
+template <class A>
+void for_launches(const std::vector<Layer<A>>& layers, const auto& run) {
+  for (size_t first = 0, last; first < layers.size(); first = last) {
+    const ElementType type = layers[first].type;
+    for (last = first; last < layers.size() && layers[last].type == type; ++last)
+      if (last - first == kMaxLayers) break;
+    with_element_type_of<A>(type, [&](auto element) { run(element, first, last); });
   }
 }
 
 template <class A>
-void distances_of_layers(auto& launch, const DistanceLayer<A>* layer, int count,
-                         PairSettings<A> settings, A* distance, int* ticket, A* value) {
-  for (int first = 0; first < count; first += kMaxLayers) {
-    Layers<DistanceLayer<A>> layers{};
-    for (int k = first; k < count && k < first + kMaxLayers; ++k)
-      layers.layer[layers.count++] = layer[k];
-    const int64_t grid = layers.count * settings.count;
+PairSettings<A> settings_of(Groups groups, WeightedPairs<A> pairs, double eps, bool log) {
+  return {pairs.index, pairs.weights, pairs.count, groups.count, A(eps), log};
+}
+
+// Writes the moments of every layer, distance (L, M) and value.
+template <class A, class Launcher>
+void regularizer(Launcher& launch, const std::vector<Layer<A>>& layers, Groups groups,
+                 WeightedPairs<A> pairs, double eps, bool log, A* distance, A* value) {
+  int* ticket = launch.template scratch<int>(1);
+  for_launches(layers, [&]<class T>(T, size_t first, size_t last) {
+    Layers<MomentLayer<T>> some{};
+    int64_t slices = 0;
+    for (const Layer<A>& layer : std::span(layers).subspan(first, last - first))
+      add_layer<T>(some, slices,
+                   {static_cast<const T*>(layer.z), layer.mean, layer.var, layer.dims});
+    const int64_t grid = slices * groups.count;
+    launch(class_moments_kernel<T>, grid > 0 ? grid : 1, kColumnThreads, 0, some, groups, A(eps),
+           ticket);
+  });
+  const int total = static_cast<int>(layers.size());
+  for (int first = 0; first < total; first += kMaxLayers) {
+    Layers<DistanceLayer<A>> some{};
+    for (int l = first; l < total && some.count < kMaxLayers; ++l)
+      some.layer[some.count++] = {layers[l].mean, layers[l].var, layers[l].dims};
+    const int64_t grid = some.count * pairs.count;
     if (grid == 0 && first > 0) break;  // without pairs one block writes the value
     launch(layer_distances_kernel<A>, grid > 0 ? grid : 1, kColumnThreads,
-           sizeof(RegularizerShared<A>), layers, first, count, settings, distance, ticket, value);
+           sizeof(RegularizerShared<A>), some, first, total, settings_of(groups, pairs, eps, log),
+           distance, ticket, value);
   }
 }
 
-// dL/dD of all layers (L, M), and the pairs that touch each group.
-template <class A>
-Touching distance_gradients(auto& launch, int layers, PairSettings<A> settings, const A* grad,
-                            const A* distance, A* grad_distance) {
-  const Touching touching{launch.template scratch<int>(settings.groups + 1),
-                          launch.template scratch<int>(2 * settings.count)};
-  launch(distance_gradients_kernel<A>, settings.groups + 1 + layers, kColumnThreads,
-         sizeof(RegularizerShared<A>), settings, touching, grad, distance, layers, grad_distance);
-  return touching;
-}
-
-template <class T>
-void features_backward(auto& launch, const DistanceGradientLayer<T>* layer, int count,
-                       Groups groups, const int64_t* pairs, Touching touching,
-                       accumulate_t<T> eps) {
-  for (int first = 0; first < count; first += kMaxLayers) {
-    Layers<DistanceGradientLayer<T>> layers{};
+// Writes the gradient of every layer.
+template <class A, class Launcher>
+void regularizer_backward(Launcher& launch, const A* grad, const std::vector<Layer<A>>& layers,
+                          Groups groups, WeightedPairs<A> pairs, double eps, bool log,
+                          const A* distance) {
+  const int total = static_cast<int>(layers.size());
+  A* grad_distance = launch.template scratch<A>(total * pairs.count);
+  const Touching touching = new_touching(launch, groups.count, pairs.count);
+  launch(distance_gradients_kernel<A>, groups.count + 1 + total, kColumnThreads,
+         sizeof(RegularizerShared<A>), settings_of(groups, pairs, eps, log), touching, grad,
+         distance, total, grad_distance);
+  for_launches(layers, [&]<class T>(T, size_t first, size_t last) {
+    Layers<DistanceGradientLayer<T>> some{};
     int64_t slices = 0;
-    for (int k = first; k < count && k < first + kMaxLayers; ++k)
-      add_layer<T>(layers, slices, layer[k]);
+    for (size_t l = first; l < last; ++l)
+      add_layer<T>(some, slices,
+                   {{static_cast<const T*>(layers[l].z), layers[l].mean, layers[l].var,
+                     static_cast<T*>(layers[l].grad), layers[l].dims},
+                    grad_distance + l * pairs.count});
     launch(regularizer_backward_kernel<T>, slices * (groups.count > 0 ? groups.count : 1),
-           kColumnThreads, 0, layers, groups, pairs, touching, eps);
-  }
+           kColumnThreads, 0, some, groups, pairs.index, touching, A(eps));
+  });
 }
 
 }  // namespace cwbr::cuda

@@ -178,13 +178,12 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // logits (B, C), targets (B,), seen (C,) -> index, weight (B, top), own (B,); top < C, or 0.
-template <class T, class Launcher>
-void top_confusions(Launcher& launch, const T* logits, int64_t batch, int64_t num_classes,
-                    const int64_t* targets, const bool* seen, int64_t top, int64_t* index,
-                    accumulate_t<T>* weight, accumulate_t<T>* own) {
-  const int threads = threads_for(ceil_div<int64_t>(num_classes, kRowLogits<T>), kRowThreads);
-  launch(top_confusions_kernel<T>, batch, threads, sizeof(ConfusionsShared<accumulate_t<T>>),
-         logits, num_classes, targets, seen, top, index, weight, own);
+template <class T, class Launcher, class A>
+void top_confusions(Launcher& launch, Matrix<const T> logits, const int64_t* targets,
+                    const bool* seen, int64_t top, int64_t* index, A* weight, A* own) {
+  const int threads = threads_for(ceil_div<int64_t>(logits.cols, kRowLogits<T>), kRowThreads);
+  launch(top_confusions_kernel<T>, logits.rows, threads, sizeof(ConfusionsShared<A>), logits.data,
+         logits.cols, targets, seen, top, index, weight, own);
 }
 
 }  // namespace cwbr::cuda

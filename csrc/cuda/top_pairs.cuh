@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 // The `top_m` best pairs i < j, by falling weight: pairs (top_m, 2), top_weights (top_m,).
 // Needs top_m <= K (K - 1) / 2 < 2^32.
 template <class A, class Weights, class Launcher>
-void top_pairs(Launcher& launch, Weights weights, int64_t top_m, int64_t* pairs, A* top_weights) {
+void top_pairs_of(Launcher& launch, Weights weights, int64_t top_m, int64_t* pairs,
+                  A* top_weights) {
   if (top_m == 0) return;
   const int64_t count = weights.groups * (weights.groups - 1) / 2;
   // Both kernels then take about as long: one scans a chunk, the other all that is kept.
@@ -171,6 +172,13 @@ void top_pairs(Launcher& launch, Weights weights, int64_t top_m, int64_t* pairs,
   launch(sort_selected_kernel<A>, 1, kSelectThreads, sizeof(SortShared<A>) + (fits ? bytes : 0),
          static_cast<const rank_t<A>*>(best), blocks * keep, static_cast<int>(top_m), padded, spill,
          weights.groups, pairs, top_weights);
+}
+
+// alpha (K, K) -> pairs (top_m, 2), top_weights (top_m,).
+template <class A, class Launcher>
+void top_pairs(Launcher& launch, const A* alpha, int64_t groups, int64_t top_m, int64_t* pairs,
+               A* top_weights) {
+  top_pairs_of(launch, AlphaWeights<A>{alpha, groups}, top_m, pairs, top_weights);
 }
 
 }  // namespace cwbr::cuda

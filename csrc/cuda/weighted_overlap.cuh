@@ -108,60 +108,72 @@ struct TileGradients {
   }
 };
 
+// The packed rows, and the weights summed by row.
+template <class A>
+struct OverlapJob {
+  TileJob<A> tiles;
+  OverlapSettings<A> settings;
+
+  template <class Launcher>
+  OverlapJob(Launcher& launch, Moments<A> of, const A* alpha, double eps) {
+    A* row_weight = launch.template scratch<A>(of.rows);
+    tiles = pack_tiles(launch, of, eps, alpha, row_weight);
+    settings = {alpha, row_weight, of.rows, A(eps)};
+  }
+
+  template <bool LOG, class Launcher>
+  SumOverlaps<A, LOG> sum(Launcher& launch, A* value) const {
+    OverlapPart<A>* parts = launch.template scratch<OverlapPart<A>>(tiles.tiles);
+    return {settings, parts, tiles.all_done, tiles.tiles, value};
+  }
+  template <class Launcher>
+  A* new_gradients(Launcher& launch) const {
+    return launch.template scratch<A>(int64_t{tiles.tiles} * kTileRows<A> * kTileRows<A>);
+  }
+};
+
 // mean, var (K, D), alpha (K, K) -> value.
 template <class A, class Launcher>
-void weighted_overlap(Launcher& launch, const A* mean, const A* var, const A* alpha, int64_t rows,
-                      int64_t dims, double eps, bool log, A* value) {
-  A* row_weight = launch.template scratch<A>(rows);
-  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
-  OverlapPart<A>* parts = launch.template scratch<OverlapPart<A>>(job.tiles);
-  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
+void weighted_overlap(Launcher& launch, Moments<A> of, const A* alpha, double eps, bool log,
+                      A* value) {
+  const OverlapJob<A> job(launch, of, alpha, eps);
   if (log)
-    launch_tiles(launch, job,
-                 SumOverlaps<A, true>{settings, parts, job.all_done, job.tiles, value});
+    launch_tiles(launch, job.tiles, job.template sum<true>(launch, value));
   else
-    launch_tiles(launch, job,
-                 SumOverlaps<A, false>{settings, parts, job.all_done, job.tiles, value});
+    launch_tiles(launch, job.tiles, job.template sum<false>(launch, value));
 }
 
 // grad and value (scalars) -> grad_mean, grad_var (K, D).
 template <class A, class Launcher>
-void weighted_overlap_backward(Launcher& launch, const A* grad, const A* value, const A* mean,
-                               const A* var, const A* alpha, int64_t rows, int64_t dims, double eps,
-                               bool log, A* grad_mean, A* grad_var) {
-  if (rows == 0) return;
-  A* row_weight = launch.template scratch<A>(rows);
-  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
-  A* gradients = launch.template scratch<A>(int64_t{job.tiles} * kTileRows<A> * kTileRows<A>);
-  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
+void weighted_overlap_backward(Launcher& launch, const A* grad, const A* value, Moments<A> of,
+                               const A* alpha, double eps, bool log, A* grad_mean, A* grad_var) {
+  if (of.rows == 0) return;
+  const OverlapJob<A> job(launch, of, alpha, eps);
+  A* gradients = job.new_gradients(launch);
   if (log)
-    launch_tiles(launch, job, WriteGradients<A, true>{settings, grad, value, gradients});
+    launch_tiles(launch, job.tiles, WriteGradients<A, true>{job.settings, grad, value, gradients});
   else
-    launch_tiles(launch, job, WriteGradients<A, false>{settings, grad, value, gradients});
-  tiles_backward(launch, job, TileGradients<A>{gradients}, grad_mean, grad_var);
+    launch_tiles(launch, job.tiles, WriteGradients<A, false>{job.settings, grad, value, gradients});
+  tiles_backward(launch, job.tiles, TileGradients<A>{gradients}, grad_mean, grad_var);
 }
 
 // grad (scalar) -> value, grad_mean, grad_var (K, D). The logarithm's gradient needs its value, for
 // which the distances are computed twice.
 template <class A, class Launcher>
-void weighted_overlap_with_gradient(Launcher& launch, const A* grad, const A* mean, const A* var,
-                                    const A* alpha, int64_t rows, int64_t dims, double eps,
-                                    bool log, A* value, A* grad_mean, A* grad_var) {
-  if (log || rows == 0) {
-    weighted_overlap(launch, mean, var, alpha, rows, dims, eps, log, value);
-    weighted_overlap_backward(launch, grad, value, mean, var, alpha, rows, dims, eps, log,
+void weighted_overlap_with_gradient(Launcher& launch, const A* grad, Moments<A> of, const A* alpha,
+                                    double eps, bool log, A* value, A* grad_mean, A* grad_var) {
+  if (log || of.rows == 0) {
+    weighted_overlap(launch, of, alpha, eps, log, value);
+    weighted_overlap_backward(launch, grad, static_cast<const A*>(value), of, alpha, eps, log,
                               grad_mean, grad_var);
     return;
   }
-  A* row_weight = launch.template scratch<A>(rows);
-  const TileJob<A> job = pack_tiles(launch, mean, var, rows, dims, eps, alpha, row_weight);
-  A* gradients = launch.template scratch<A>(int64_t{job.tiles} * kTileRows<A> * kTileRows<A>);
-  OverlapPart<A>* parts = launch.template scratch<OverlapPart<A>>(job.tiles);
-  const OverlapSettings<A> settings{alpha, row_weight, rows, static_cast<A>(eps)};
-  launch_tiles(launch, job,
-               SumAndWrite<A>{{settings, parts, job.all_done, job.tiles, value},
-                              {settings, grad, nullptr, gradients}});
-  tiles_backward(launch, job, TileGradients<A>{gradients}, grad_mean, grad_var);
+  const OverlapJob<A> job(launch, of, alpha, eps);
+  A* gradients = job.new_gradients(launch);
+  launch_tiles(launch, job.tiles,
+               SumAndWrite<A>{job.template sum<false>(launch, value),
+                              {job.settings, grad, nullptr, gradients}});
+  tiles_backward(launch, job.tiles, TileGradients<A>{gradients}, grad_mean, grad_var);
 }
 
 }  // namespace cwbr::cuda

@@ -3,7 +3,7 @@
 - `reference`: pure PyTorch; any device, every floating dtype.
 - `cpu`: C++ kernels, for tensors on the CPU.
 - `triton`: Triton kernels, for GPUs; on the CPU under TRITON_INTERPRET=1.
-- `cuda`: CUDA C++ kernels, for NVIDIA GPUs.
+- `cuda`: CUDA C++ kernels, for the NVIDIA GPUs they were compiled for.
 
 `backend="auto"` takes the first usable of cpu (CPU), or cuda, triton (GPU), then reference. The
 environment variable CWBR_BACKEND replaces "auto" by a name of your choice.
@@ -32,7 +32,8 @@ def rejection(name: str, device_type: str) -> str | None:
         return _triton_rejection(device_type)
     if device_type != name:
         return f"it serves tensors on {name!r}, not on {device_type!r}"
-    return extension.missing(name)
+    reason = extension.missing(name)
+    return extension.unsuited_gpu() if reason is None and name == "cuda" else reason
 
 
 def _triton_rejection(device_type: str) -> str | None:

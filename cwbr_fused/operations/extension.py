@@ -11,36 +11,61 @@ from types import ModuleType
 import torch
 
 PACKAGE = Path(__file__).parents[1]
+# The compiled extensions, each with the dispatch key of its kernels.
+FILES = {"cpu": ("_C", "CPU"), "cuda": ("_cuda", "CUDA")}
 
-_failure: str | None = None
-_built: set[str] = set()
+_missing: dict[str, str] = {}
+_capabilities: list[tuple[int, int]] = []
 
 
-def _load() -> None:
-    """Load `cwbr_fused/_C*.so`, which registers its kernels with the dispatcher."""
-    global _failure
-    found = sorted(PACKAGE.glob("_C*.so")) + sorted(PACKAGE.glob("_C*.pyd"))
+def _load(backend: str) -> None:
+    """Load the extension of `backend`, which registers its kernels with the dispatcher."""
+    name, key = FILES[backend]
+    found = [p for suffix in ("so", "pyd") for p in sorted(PACKAGE.glob(f"{name}.*{suffix}"))]
     if not found:
-        _failure = "the compiled extension was not built (see CWBR_BUILD in the README)"
+        _missing[backend] = f"the {backend} kernels were not built (see CWBR_BUILD in the README)"
         return
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        _failure = f"the compiled extension does not load: {error}"
+        _missing[backend] = f"the compiled {backend} kernels do not load: {error}"
         return
     # Asked once, here, because torch.compile cannot trace the question.
-    for key in ("CPU", "CUDA"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):
-            _built.add(key.lower())
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):
+        _missing[backend] = f"{found[0].name} has no {backend} kernels"
 
 
 def missing(backend: str) -> str | None:
-    """Why the compiled extension has no kernels for "cpu" or "cuda"; None where it has."""
-    if _failure is not None:
-        return _failure
-    if backend in _built:
-        return None
-    return f"the compiled extension was built without {backend} kernels"
+    """Why there are no compiled kernels for "cpu" or "cuda"; None where there are."""
+    return _missing.get(backend)
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures`, as in TORCH_CUDA_ARCH_LIST, runs on such a GPU.
+
+    Machine code runs on GPUs of its generation from its own capability on; PTX on all later ones.
+    """
+    for name in architectures.replace(";", " ").split():
+        major, minor = map(int, name.removesuffix("+PTX").rstrip("af").split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if name.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
+def unsuited_gpu() -> str | None:
+    """Why the CUDA kernels cannot run on a GPU of this machine; None where they can on all."""
+    if not _capabilities and not torch.compiler.is_compiling():  # which cannot trace the question
+        devices = range(torch.cuda.device_count())
+        _capabilities.extend(torch.cuda.get_device_capability(i) for i in devices)
+    for major, minor in _capabilities:
+        if not runs_on(_architectures, (major, minor)):
+            return (
+                f"they were built for compute capability {_architectures}, and a GPU of this "
+                f"machine has {major}.{minor}; build with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            )
+    return None
 
 
 def triton_kernels() -> ModuleType:
@@ -65,4 +90,6 @@ def triton_kernels() -> ModuleType:
     return importlib.import_module(name)
 
 
-_load()
+for _backend in FILES:
+    _load(_backend)
+_architectures: str = "" if missing("cuda") else torch.ops.cwbr_fused_build.cuda_architectures()

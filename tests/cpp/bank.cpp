@@ -2,7 +2,7 @@
 #include <limits>
 #include <memory>
 
-#include "cpu/batch_kernels.h"
+#include "cpu/kernels.h"
 #include "harness.h"
 
 using namespace cwbr;
@@ -36,10 +36,12 @@ Results<T> run(const Case& c, const Array<T>& logits, const Array<int64_t>& targ
   r.own.resize(c.batch);
   r.energy.resize(c.batch);
   r.gradient.resize(c.batch * c.dims);
-  top_confusions(Matrix<const T>{logits.data(), c.batch, c.classes, c.classes}, targets.data(),
-                 seen, c.top, r.index.data(), r.weight.data(), r.own.data());
-  class_attraction(Matrix<const T>{z.data(), c.batch, c.dims, c.dims}, mean.data(), var.data(),
-                   r.index.data(), r.weight.data(), c.top, r.energy.data(), r.gradient.data());
+  top_confusions(Cpu(), Matrix<const T>{logits.data(), c.batch, c.classes, c.classes},
+                 targets.data(), seen, c.top, r.index.data(), r.weight.data(), r.own.data());
+  class_attraction(Cpu(), Matrix<const T>{z.data(), c.batch, c.dims, c.dims},
+                   Bank<const T>{mean.data(), nullptr, c.classes, c.dims}, var.data(),
+                   Acting<T>{r.index.data(), r.weight.data(), c.top}, r.energy.data(),
+                   r.gradient.data());
   return r;
 }
 
@@ -158,11 +160,13 @@ struct BankInput {
     Learned<T> r = bank;
     r.weight.resize(c.groups);
     r.metric.resize(c.dims);
-    observe_classes(r.mean.data(), r.count.data(), r.var.data(), r.updates.data(),
-                    BatchClasses<T>{rows.data(), size.data(), mean.data(), c.groups}, var.data(),
-                    c.dims, kMomentum, kFloor, r.weight.data(), r.metric.data());
-    follow_classes(r.mean.data(), r.count.data(),
-                   BatchClasses<T>{rows.data(), r.weight.data(), mean.data(), c.groups}, c.dims,
+    const BatchClasses<T> batch{rows.data(), size.data(), mean.data(), var.data(), c.groups};
+    observe_classes(Cpu(), Bank<const T>{r.mean.data(), r.count.data(), c.classes, c.dims}, batch,
+                    Variances<T>{r.var.data(), r.updates.data(), r.metric.data()}, kMomentum,
+                    kFloor, r.weight.data());
+    BatchClasses<T> moves = batch;
+    moves.weight = r.weight.data();
+    follow_classes(Cpu(), Bank<T>{r.mean.data(), r.count.data(), c.classes, c.dims}, moves,
                    kMeanMomentum);
     return r;
   }

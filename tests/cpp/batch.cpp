@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "cpu/batch_kernels.h"
-#include "cpu/batch_loops.h"
+#include "cpu/isa_batch_table.h"
+#include "cpu/kernels.h"
 #include "harness.h"
 
 using namespace cwbr;
@@ -54,11 +54,11 @@ double to_double(BFloat16 x) {
 }
 
 template <class In>
-constexpr InputType kType = InputType::kFloat;
+constexpr ElementType kType = ElementType::kFloat;
 template <>
-constexpr InputType kType<double> = InputType::kDouble;
+constexpr ElementType kType<double> = ElementType::kDouble;
 template <>
-constexpr InputType kType<BFloat16> = InputType::kBFloat16;
+constexpr ElementType kType<BFloat16> = ElementType::kBFloat16;
 
 template <class In>
 Array<In> inputs(int64_t size, unsigned seed, double scale) {
@@ -69,7 +69,7 @@ Array<In> inputs(int64_t size, unsigned seed, double scale) {
   return values;
 }
 
-template <class In, class T = Accumulate<In>>
+template <class In, class T = accumulate_t<In>>
 Results<T> run(const Case& c, const Array<In>& z, const Array<In>& logits,
                const Array<int64_t>& targets) {
   const int64_t groups = c.batch / c.min_count;
@@ -80,23 +80,27 @@ Results<T> run(const Case& c, const Array<In>& z, const Array<In>& logits,
   r.classes.resize(groups);
   r.pairs.resize(2 * m);
   r.weights.resize(m);
-  plan(Matrix<const In>{logits.data(), c.batch, c.columns, c.columns}, targets.data(), c.min_count,
-       m, r.order.data(), r.offsets.data(), r.classes.data(), r.pairs.data(), r.weights.data());
+  plan(Cpu(), Matrix<const In>{logits.data(), c.batch, c.columns, c.columns}, targets.data(),
+       c.min_count, m, r.order.data(), r.offsets.data(), r.classes.data(), r.pairs.data(),
+       r.weights.data());
 
-  const Groups all{r.order.data(), r.offsets.data(), groups};
+  const Groups all{r.order.data(), r.offsets.data(), groups, c.batch};
   const Matrix<const In> features{z.data(), c.batch, c.dims, c.dims};
   for (Array<T>* a : {&r.mean, &r.var}) a->resize(groups * c.dims);
-  class_moments(features, all, kEps, r.mean.data(), r.var.data());
+  class_moments(Cpu(), features, all, kEps, r.mean.data(), r.var.data());
   Array<In> grad_z(c.batch * c.dims), grad_features(c.batch * c.dims);
-  class_moments_backward(r.var.data(), r.mean.data(), features, r.mean.data(), r.var.data(), all,
-                         kEps, grad_z.data());
+  class_moments_backward(Cpu(), r.var.data(), r.mean.data(), features, r.mean.data(), r.var.data(),
+                         all, kEps, grad_z.data());
 
-  const Layer<T> layer{kType<In>, z.data(), c.dims, c.dims, grad_features.data()};
-  const Pairs<T> pairs{r.pairs.data(), r.weights.data(), m};
+  const std::vector<Layer<T>> layers = {
+      {kType<In>, z.data(), c.dims, c.dims, nullptr, nullptr, grad_features.data()}};
+  const WeightedPairs<T> pairs{{r.pairs.data(), m}, r.weights.data()};
+  const T one = 1;
   for (const bool log : {false, true}) {
     Array<T> distance(m);
-    r.value.push_back(regularizer(&layer, 1, c.batch, all, pairs, kEps, log, distance.data()));
-    regularizer_backward(T(1), &layer, 1, c.batch, all, pairs, kEps, log, distance.data());
+    r.value.push_back(0);
+    regularizer(Cpu(), layers, all, pairs, kEps, log, distance.data(), &r.value.back());
+    regularizer_backward(Cpu(), &one, layers, all, pairs, kEps, log, distance.data());
     r.distance = distance;
     for (const In g : grad_features) r.grad_features.push_back(to_double(g));
   }

@@ -15,28 +15,30 @@ struct PairResults {
 template <class T>
 PairResults<T> run(int64_t k, int64_t d, const Array<T>& mean, const Array<T>& var,
                    const Array<T>& alpha, const Array<int64_t>& pairs) {
-  const int64_t m = pairs.size() / 2;
+  const Moments<T> of{mean.data(), var.data(), k, d};
+  const Pairs listed{pairs.data(), static_cast<int64_t>(pairs.size()) / 2};
   PairResults<T> r;
-  r.listed.resize(m);
+  r.listed.resize(listed.count);
   r.all.resize(k * k);
-  pair_distance(mean.data(), var.data(), pairs.data(), m, k, d, kEps, r.listed.data());
-  all_pair_distance(mean.data(), var.data(), k, d, kEps, r.all.data());
+  pair_distance(Cpu(), of, listed, kEps, r.listed.data());
+  all_pair_distance(Cpu(), of, kEps, r.all.data());
   Array<T> grad_mean(k * d), grad_var(k * d);
   const auto keep = [&] {
     r.grad_mean.insert(r.grad_mean.end(), grad_mean.begin(), grad_mean.end());
     r.grad_var.insert(r.grad_var.end(), grad_var.begin(), grad_var.end());
   };
-  pair_distance_backward(r.listed.data(), mean.data(), var.data(), pairs.data(), m, k, d, kEps,
-                         grad_mean.data(), grad_var.data());
+  pair_distance_backward(Cpu(), r.listed.data(), of, listed, kEps, grad_mean.data(),
+                         grad_var.data());
   keep();
-  all_pair_distance_backward(alpha.data(), mean.data(), var.data(), k, d, kEps, grad_mean.data(),
-                             grad_var.data());
+  all_pair_distance_backward(Cpu(), alpha.data(), of, kEps, grad_mean.data(), grad_var.data());
   keep();
+  const T one = 1;
   for (const bool log : {false, true}) {
-    r.value.push_back(weighted_overlap(mean.data(), var.data(), alpha.data(), k, d, kEps, log));
-    r.value.push_back(weighted_overlap_with_gradient(T(1), mean.data(), var.data(), alpha.data(), k,
-                                                     d, kEps, log, grad_mean.data(),
-                                                     grad_var.data()));
+    T alone, joint;
+    weighted_overlap(Cpu(), of, alpha.data(), kEps, log, &alone);
+    weighted_overlap_with_gradient(Cpu(), &one, of, alpha.data(), kEps, log, &joint,
+                                   grad_mean.data(), grad_var.data());
+    r.value.insert(r.value.end(), {alone, joint});
     keep();
   }
   return r;

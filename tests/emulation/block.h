@@ -51,16 +51,18 @@ T spoiled(T value) {
   return value;
 }
 
-// Memory full of NaN whose last byte is followed by a page that faults.
+// Memory full of NaN whose last byte is followed by a page that faults; or, where its address shall
+// leave a remainder when it is divided by 16, by that page and less than 16 bytes before it.
 class Guarded {
  public:
-  explicit Guarded(size_t bytes) : page_(sysconf(_SC_PAGESIZE)) {
-    length_ = (bytes + page_ - 1) / page_ * page_ + 2 * page_;
+  explicit Guarded(size_t bytes, unsigned remainder = 0) : page_(sysconf(_SC_PAGESIZE)) {
+    length_ = (bytes + 16 + page_ - 1) / page_ * page_ + 2 * page_;
     base_ = static_cast<char*>(
         mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base_, page_, PROT_NONE);
     mprotect(base_ + length_ - page_, page_, PROT_NONE);
     data_ = base_ + length_ - page_ - bytes;
+    if (remainder != 0) data_ -= (reinterpret_cast<uintptr_t>(data_) + 16 - remainder) % 16;
     memset(base_ + page_, 0xff, length_ - 2 * page_);
   }
   ~Guarded() { munmap(base_, length_); }
@@ -72,6 +74,9 @@ class Guarded {
   size_t page_, length_;
   char *base_, *data_;
 };
+
+inline void copy_in(void* device, const void* host, size_t bytes) { memcpy(device, host, bytes); }
+inline void copy_out(void* host, const void* device, size_t bytes) { memcpy(host, device, bytes); }
 
 // The copies that the current thread has started and not yet waited for.
 struct Copy {

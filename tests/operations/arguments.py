@@ -49,7 +49,7 @@ def operation_arguments(
 ) -> dict[str, tuple[Any, ...]]:
     """Arguments for every operation; half-precision features and logits where `dtype` is one.
 
-    The gradient of Triton's `regularizer` wants the moments, as on a GPU; the others compute them.
+    The gradient of `regularizer` wants the moments on a GPU; on the CPU it computes them.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -69,7 +69,8 @@ def operation_arguments(
     distance = reference.pair_distance(mean, var, pairs, EPS)
     features = [z, *(z[:, : (sizes.dims + 1) // 2] * 2 for _ in range(1, sizes.layers))]
     planned = (order, offsets, pairs, weights)
-    regularizer = regularizer_with_moments if backend == "triton" else reference.regularizer
+    on_gpu = backend in ("triton", "cuda")
+    regularizer = regularizer_with_moments if on_gpu else reference.regularizer
     value, *saved = regularizer(features, *planned, EPS, True)
     overlap = reference.weighted_overlap(mean, var, alpha, EPS, True)
     seen = torch.arange(n_classes) != 4

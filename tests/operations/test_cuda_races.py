@@ -11,21 +11,25 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from arguments import operation_arguments
 from emulation.defects import Defect, find_defects, plant
-from emulation.harness import HERE, compile_emulated
+from emulation.harness import HERE, compile_emulated, write_arguments
+
+from cwbr_fused.operations.schema import SCHEMAS
 
 DEFECTS = find_defects()
 # A barrier of each file that has some, and an operation that passes it.
 RACES = {
     "common.cuh": "plan",
-    "confusion_weights.cuh": "plan",
-    "follow_classes.cuh": "class_bank",
-    "observe_classes.cuh": "class_bank",
-    "top_confusions.cuh": "class_bank",
-    "top_pairs.cuh": "plan",
-    "pack_rows.cuh": "all_pairs",
-    "pair_tiles.cuh": "all_pairs",
-    "pair_tiles_backward.cuh": "all_pairs",
+    "confusion_weights.cuh": "confusion_weights",
+    "follow_classes.cuh": "follow_classes",
+    "observe_classes.cuh": "observe_classes",
+    "top_confusions.cuh": "top_confusions",
+    "top_pairs.cuh": "top_pairs",
+    "pack_rows.cuh": "all_pair_distance",
+    "pair_tiles.cuh": "all_pair_distance",
+    "pair_tiles_backward.cuh": "all_pair_distance_backward",
 }
 
 
@@ -48,17 +52,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(program: Path, operation: str, defect: int) -> str:
     """What the program and ThreadSanitizer say; the latter needs addresses that are not random."""
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    command = [*fixed, str(program), operation, str(defect)]
+    arguments = program.parent / f"{operation}.arguments"
+    write_arguments(arguments, operation_arguments(torch.float32, "cuda")[operation])
+    command = [*fixed, str(program), operation, str(arguments), str(defect)]
     # A defect may also make the program run for ever: stop at the first report.
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "operation",
-    ["plan", "moments", "pair_lists", "all_pairs", "overlap", "regularizer", "class_bank"],
-)
+@pytest.mark.parametrize("operation", SCHEMAS)
 def test_threads_of_a_block_do_not_race(program: Path, operation: str) -> None:
     assert run(program, operation, -1) == "done\n"
 

@@ -1,14 +1,14 @@
 // Everything of one instruction set: included by isa_<name>.cpp, which first includes isa_headers.h
 // and then names its namespace CWBR_ISA and switches the compiler to its instructions.
 
-#include "simd.h"
+#include "cpu/simd.h"
 // simd.h comes first.
-#include "all_pair_distance_simd.h"
-#include "batch_loops_simd.h"
-#include "class_bank_simd.h"
-#include "pair_gradients_simd.h"
+#include "cpu/all_pair_distance_simd.h"
+#include "cpu/batch_loops_simd.h"
+#include "cpu/class_bank_simd.h"
+#include "cpu/pair_gradients_simd.h"
 // pair_gradients_simd.h comes first.
-#include "pair_distance_simd.h"
+#include "cpu/pair_distance_simd.h"
 
 namespace cwbr::CWBR_ISA {
 
@@ -22,7 +22,7 @@ const PairKernels<T>& pair_kernels() {
 
 template <class In>
 const BatchLoops<In>& batch_loops() {
-  using T = Accumulate<In>;
+  using T = accumulate_t<In>;
   static constexpr BatchLoops<In> table = {
       moments<In, T>,           moments_gradient<In, T>, softmax_statistics<In, T>,
       add_probabilities<In, T>, top_confusions<In, T>,   class_attraction<In, T>,

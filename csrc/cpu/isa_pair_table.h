@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "arguments.h"
+
 namespace cwbr {
 
 // Dimensions are taken by vectors of `PairKernels::lanes`; this many vectors share a denominator.
@@ -21,6 +23,9 @@ constexpr int kGradientVectors = 4;
 
 template <class T>
 struct Rows {
+  Rows(const Moments<T>& of, double epsilon)
+      : mean(of.mean), var(of.var), k(of.rows), d(of.dims), eps(T(epsilon)) {}
+
   const T* mean;  // (k, d)
   const T* var;   // (k, d)
   int64_t k, d;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "batch_kernels.h"
+#include "cpu/kernels.h"
 
 namespace cwbr {
 
@@ -29,7 +29,7 @@ struct SoftmaxStatistics {
 
 template <class In>
 struct BatchLoops {
-  using T = Accumulate<In>;
+  using T = accumulate_t<In>;
 
   // mean, var (width,): the variance by a second pass, and clamped from below to eps.
   void (*moments)(const GroupRows<In>& rows, T eps, T* mean, T* var);

@@ -1,0 +1,213 @@
+// The operations on a batch and on the class bank, on any Device; see operations.h.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+// What registers the operations goes through this list.
+#define CWBR_FOR_EACH_BATCH_OPERATION(use)                                                    \
+  use(group_by_class) use(class_moments) use(class_moments_backward) use(confusion_weights)   \
+      use(top_pairs) use(plan) use(top_confusions) use(class_attraction) use(observe_classes) \
+          use(follow_classes)
+
+namespace cwbr {
+
+inline int64_t pairs_of(int64_t rows) { return rows * (rows - 1) / 2; }
+
+template <class Device>
+Three group_by_class_op(const Tensor& targets, int64_t min_count) {
+  check_at_least("min_count", min_count, 1);
+  Device on(targets);
+  const Tensor classes_of = int64_targets(on, targets);
+  const int64_t batch = classes_of.size(0), groups = batch / min_count;
+  const Tensor order = empty<int64_t>(on, {batch}), offsets = empty<int64_t>(on, {groups + 1});
+  const Tensor classes = empty<int64_t>(on, {groups});
+  group_by_class(on, elements<int64_t>(classes_of), batch, min_count, data<int64_t>(order),
+                 data<int64_t>(offsets), data<int64_t>(classes));
+  return {order, offsets, classes};
+}
+
+template <class Device>
+Two class_moments_op(const Tensor& z, const Tensor& order, const Tensor& offsets, double eps) {
+  Device on(z);
+  const InputMatrix features = input_matrix(on, z, "z");
+  const GroupTensors groups(on, order, offsets, features.rows);
+  return on.with_element_type(features.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Tensor mean = empty<T>(on, {groups.count(), features.cols});
+    const Tensor var = empty<T>(on, {groups.count(), features.cols});
+    class_moments(on, features.as<In>(), groups.groups(), eps, data<T>(mean), data<T>(var));
+    return Two(mean, var);
+  });
+}
+
+template <class Device>
+Tensor class_moments_backward_op(const Tensor& grad_mean, const Tensor& grad_var, const Tensor& z,
+                                 const Tensor& mean, const Tensor& var, const Tensor& order,
+                                 const Tensor& offsets, double eps) {
+  Device on(z);
+  const InputMatrix features = input_matrix(on, z, "z");
+  const GroupTensors groups(on, order, offsets, features.rows);
+  const Tensor grad = on.empty(z.scalar_type(), {features.rows, features.cols});
+  on.with_element_type(features.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Sizes sizes = {groups.count(), features.cols};
+    const Tensor grad_m = input<T>(on, grad_mean, "grad_mean", sizes);
+    const Tensor grad_v = input<T>(on, grad_var, "grad_var", sizes);
+    const Tensor m = input<T>(on, mean, "mean", sizes), v = input<T>(on, var, "var", sizes);
+    class_moments_backward(on, elements<T>(grad_m), elements<T>(grad_v), features.as<In>(),
+                           elements<T>(m), elements<T>(v), groups.groups(), eps, data<In>(grad));
+  });
+  return grad;
+}
+
+template <class Device>
+Tensor confusion_weights_op(const Tensor& logits, const Tensor& order, const Tensor& offsets,
+                            const Tensor& classes) {
+  Device on(logits);
+  const InputMatrix rows = input_matrix(on, logits, "logits");
+  const GroupTensors groups(on, order, offsets, rows.rows);
+  const Tensor columns = input<int64_t>(on, classes, "classes", {groups.count()});
+  check_classes(on, columns, "classes", std::numeric_limits<int64_t>::min(), rows.cols);
+  return on.with_element_type(rows.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Tensor alpha = empty<T>(on, {groups.count(), groups.count()});
+    confusion_weights(on, rows.as<In>(), groups.groups(), elements<int64_t>(columns),
+                      data<T>(alpha));
+    return alpha;
+  });
+}
+
+template <class Device>
+Two top_pairs_op(const Tensor& alpha, int64_t top_m) {
+  check_at_least("top_m", top_m, 0);
+  Device on(alpha);
+  return with_float_type(alpha, [&]<class T>(T) {
+    const int64_t groups = alpha.dim() == 2 ? alpha.size(0) : -1;
+    const Tensor weights_of = input<T>(on, alpha, "alpha", {groups, groups});
+    const int64_t m = std::min(top_m, pairs_of(groups));
+    const Tensor pairs = empty<int64_t>(on, {m, 2}), weights = empty<T>(on, {m});
+    top_pairs(on, elements<T>(weights_of), groups, m, data<int64_t>(pairs), data<T>(weights));
+    return Two(pairs, weights);
+  });
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_op(const Tensor& logits,
+                                                           const Tensor& targets, int64_t top_m,
+                                                           int64_t min_count) {
+  check_at_least("top_m", top_m, 0);
+  check_at_least("min_count", min_count, 1);
+  Device on(logits);
+  const InputMatrix rows = input_matrix(on, logits, "logits");
+  const Tensor classes_of = int64_targets(on, targets, rows.rows);
+  check_classes(on, classes_of, "targets", 0, rows.cols);
+  const int64_t groups = rows.rows / min_count, m = std::min(top_m, pairs_of(groups));
+  const Tensor order = empty<int64_t>(on, {rows.rows}), offsets = empty<int64_t>(on, {groups + 1});
+  const Tensor classes = empty<int64_t>(on, {groups}), pairs = empty<int64_t>(on, {m, 2});
+  const Tensor weights = on.with_element_type(rows.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Tensor result = empty<T>(on, {m});
+    plan(on, rows.as<In>(), elements<int64_t>(classes_of), min_count, m, data<int64_t>(order),
+         data<int64_t>(offsets), data<int64_t>(classes), data<int64_t>(pairs), data<T>(result));
+    return result;
+  });
+  return {order, offsets, classes, pairs, weights};
+}
+
+template <class Device>
+Three top_confusions_op(const Tensor& logits, const Tensor& targets, const Tensor& seen,
+                        int64_t top) {
+  check_at_least("top", top, 0);
+  Device on(logits);
+  const InputMatrix rows = input_matrix(on, logits, "logits");
+  const Tensor classes_of = int64_targets(on, targets, rows.rows);
+  check_classes(on, classes_of, "targets", 0, rows.cols);
+  const Tensor candidates = input<bool>(on, seen, "seen", {rows.cols});
+  const int64_t width = std::clamp<int64_t>(rows.cols - 1, 0, top);
+  return on.with_element_type(rows.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Tensor index = empty<int64_t>(on, {rows.rows, width});
+    const Tensor weight = empty<T>(on, {rows.rows, width}), own = empty<T>(on, {rows.rows});
+    top_confusions(on, rows.as<In>(), elements<int64_t>(classes_of), elements<bool>(candidates),
+                   width, data<int64_t>(index), data<T>(weight), data<T>(own));
+    return Three(index, weight, own);
+  });
+}
+
+template <class Device>
+Two class_attraction_op(const Tensor& z, const Tensor& mean, const Tensor& var, const Tensor& index,
+                        const Tensor& coefficient) {
+  Device on(z);
+  const InputMatrix features = input_matrix(on, z, "z");
+  const Tensor chosen = input<int64_t>(on, index, "index", {features.rows, -1});
+  return on.with_element_type(features.type, [&]<class In>(In) {
+    using T = accumulate_t<In>;
+    const Tensor means = input<T>(on, mean, "mean", {-1, features.cols});
+    const Tensor variances = input<T>(on, var, "var", {features.cols});
+    check_classes(on, chosen, "index", -1, means.size(0));
+    const int64_t count = chosen.size(1);
+    const Tensor factor = input<T>(on, coefficient, "coefficient", {features.rows, count});
+    const Tensor energy = empty<T>(on, {features.rows});
+    const Tensor gradient = empty<T>(on, {features.rows, features.cols});
+    class_attraction(on, features.as<In>(),
+                     Bank<const T>{elements<T>(means), nullptr, means.size(0), features.cols},
+                     elements<T>(variances),
+                     Acting<T>{elements<int64_t>(chosen), elements<T>(factor), count},
+                     data<T>(energy), data<T>(gradient));
+    return Two(energy, gradient);
+  });
+}
+
+template <class Device>
+Two observe_classes_op(const Tensor& mean, const Tensor& count, const Tensor& var,
+                       const Tensor& updates, const Tensor& classes, const Tensor& size,
+                       const Tensor& batch_mean, const Tensor& batch_var, double momentum,
+                       double floor) {
+  Device on(mean);
+  return with_float_type(mean, [&]<class T>(T) {
+    const Tensor means = input<T>(on, mean, "mean", {-1, -1});
+    const int64_t num_classes = means.size(0), dims = means.size(1);
+    const Tensor seen = input<T>(on, count, "count", {num_classes});
+    const Tensor rows = input<int64_t>(on, classes, "classes", {-1});
+    check_classes(on, rows, "classes", -1, num_classes);
+    const int64_t groups = rows.size(0);
+    const Tensor sizes = input<T>(on, size, "size", {groups});
+    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, dims});
+    const Tensor vars_of = input<T>(on, batch_var, "batch_var", {groups, dims});
+    const Tensor weight = empty<T>(on, {groups}), metric = empty<T>(on, {dims});
+    observe_classes(on, Bank<const T>{elements<T>(means), elements<T>(seen), num_classes, dims},
+                    BatchClasses<T>{elements<int64_t>(rows), elements<T>(sizes),
+                                    elements<T>(means_of), elements<T>(vars_of), groups},
+                    Variances<T>{written<T>(on, var, "var", {dims}),
+                                 written<T>(on, updates, "updates", {}), data<T>(metric)},
+                    momentum, floor, data<T>(weight));
+    return Two(weight, metric);
+  });
+}
+
+template <class Device>
+void follow_classes_op(const Tensor& mean, const Tensor& count, const Tensor& classes,
+                       const Tensor& weight, const Tensor& batch_mean, double momentum) {
+  Device on(mean);
+  with_float_type(mean, [&]<class T>(T) {
+    T* const means = written<T>(on, mean, "mean", {-1, -1});
+    const int64_t num_classes = mean.size(0), dims = mean.size(1);
+    T* const seen = written<T>(on, count, "count", {num_classes});
+    const Tensor rows = input<int64_t>(on, classes, "classes", {-1});
+    check_classes(on, rows, "classes", -1, num_classes);
+    const int64_t groups = rows.size(0);
+    const Tensor weights = input<T>(on, weight, "weight", {groups});
+    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, dims});
+    follow_classes(on, Bank<T>{means, seen, num_classes, dims},
+                   BatchClasses<T>{elements<int64_t>(rows), elements<T>(weights),
+                                   elements<T>(means_of), nullptr, groups},
+                   momentum);
+  });
+}
+
+}  // namespace cwbr

@@ -1,0 +1,12 @@
+// The operations that cwbr_fused declares, on any Device: each checks its arguments, makes its
+// results and calls the kernel of its name, that of csrc/cpu or of csrc/cuda.
+#pragma once
+
+#include "batch_operations.h"
+#include "pair_operations.h"
+
+#define CWBR_FOR_EACH_OPERATION(use) \
+  CWBR_FOR_EACH_BATCH_OPERATION(use) CWBR_FOR_EACH_PAIR_OPERATION(use)
+
+// Registers all of them with a torch library `m` as kernels of `Device`.
+#define CWBR_REGISTER(name) m.impl(#name, TORCH_BOX(&cwbr::name##_op<Device>));
