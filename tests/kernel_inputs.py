@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cwbr_fused import reference
 from cwbr_fused.operations import extension
+from cwbr_fused.operations.schema import written as written
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -125,12 +126,6 @@ def assert_near(actual: Tensor, truth: Tensor, scale: float = 1) -> None:
     underflow = torch.finfo(actual.dtype).smallest_normal
     bound = TOLERANCE[actual.dtype] * max(scale * largest, underflow)
     torch.testing.assert_close(actual.double(), truth.double(), rtol=0, atol=bound, equal_nan=True)
-
-
-def written(name: str) -> list[int]:
-    """The positions of the arguments that operation `name` writes, by its schema."""
-    parameters = getattr(torch.ops.cwbr_fused, name).default._schema.arguments
-    return [i for i, p in enumerate(parameters) if p.alias_info and p.alias_info.is_write]
 
 
 def outcome(operation: Callable[..., Any], name: str, arguments: Sequence[Any]) -> list[Tensor]:

@@ -240,6 +240,28 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
+def _counting_writes(operation: Any, positions: list[int]) -> Callable[..., Any]:
+    """What autograd sees of an operation that writes some arguments: their versions change.
+
+    Kernels do not tell autograd what they write, whatever they are made of. Counted here, what was
+    saved for a backward pass before the call is an error there, as after torch's own operations.
+    """
+
+    def call(keyset: Any, *args: Any) -> Any:
+        for position in positions:
+            torch.autograd.graph.increment_version(args[position])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operation.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return call
+
+
+def written(name: str) -> list[int]:
+    """The positions of the arguments that operation `name` writes."""
+    parameters = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    return [i for i, p in enumerate(parameters) if p.alias_info and p.alias_info.is_write]
+
+
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
 
 
@@ -255,6 +277,10 @@ def _declare(
         torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
         for key in AUTOCAST_KEYS:
             library.impl(name, torch.library.fallthrough_kernel, key)
+        if positions := written(name):
+            operation = getattr(getattr(torch.ops, namespace), name).default
+            counting = _counting_writes(operation, positions)
+            library.impl(name, counting, "ADInplaceOrView", with_keyset=True)
     return library
 
 

@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for the emulated GPU and calls them with tensors.
 
-`Emulator` has every operation of `cwbr_fused.operations.schema.SCHEMAS`, under its name and with its
-arguments. Each tensor is copied into memory that faults one byte past its end; results start as NaN
-and must be what `schema.FAKES` says of them.
+`Emulator` has every operation of `cwbr_fused.operations.schema.SCHEMAS`, under its name and with
+its arguments. Each tensor is copied into memory that faults one byte past its end; results start as
+NaN and must be what `schema.FAKES` says of them.
 
 With CWBR_HARDWARE=1 the same calls go to the GPU of this machine: nvcc compiles the kernels as they
 are, between guards of memory and without torch (`hardware.cu`).
@@ -170,11 +170,10 @@ class Emulator:
         result = schema.FAKES[name](*args)
         room = _flat(result)
         given = _contiguous(args)
-        writes = [
-            parameter.alias_info is not None and parameter.alias_info.is_write
-            for parameter in getattr(torch.ops.cwbr_fused, name).default._schema.arguments
-        ]
-        arguments = (_Argument * len(given))(*map(_argument, given, writes))
+        writes = schema.written(name)
+        arguments = (_Argument * len(given))(
+            *(_argument(value, i in writes) for i, value in enumerate(given))
+        )
         self.library.configure(ctypes.c_uint64(self.seed), self.mutant, self.processors)
         failure = self.library.run(
             name.encode(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from cwbr_fused.operations import backends
+from cwbr_fused.operations import backends, extension
 
 
 def test_auto_on_the_cpu_takes_the_compiled_kernels_else_the_reference() -> None:
@@ -21,6 +22,40 @@ def test_auto_prefers_the_reference_to_an_interpreter(monkeypatch: pytest.Monkey
     )
     assert backends.resolve("auto", "cpu") == "reference"
     assert backends.resolve("auto", "cuda") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ("7.5", False),
+        ("8.0", True),
+        ("8.9", True),
+        ("9.0", True),
+        ("10.3", False),
+        ("12.1", True),
+        ("13.0", True),
+    ],
+)
+def test_machine_code_runs_on_its_generation_and_ptx_on_later_ones(
+    capability: str, runs: bool
+) -> None:
+    major, minor = map(int, capability.split("."))
+    assert extension.runs_on("8.0;9.0a;12.0+PTX", (major, minor)) == runs
+
+
+def test_a_gpu_that_the_cuda_kernels_were_not_built_for_is_left_to_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extension, "_missing", {})
+    monkeypatch.setattr(extension, "_architectures", "8.0;9.0")
+    monkeypatch.setattr(backends, "_triton_rejection", lambda device: None)
+    monkeypatch.setattr(extension, "_capabilities", [(9, 0)])
+    assert backends.resolve("auto", "cuda") == "cuda"
+    monkeypatch.setattr(extension, "_capabilities", [(9, 0), (12, 0)])
+    assert backends.resolve("auto", "cuda") == "triton"
+    assert re.search(r"cuda +rejected: .*built for .*8.0;9.0.* has 12.0", backends.explain("cuda"))
+    with pytest.raises(ValueError, match=r"backend: 'cuda' cannot be used: .* has 12\.0"):
+        backends.resolve("cuda", "cuda")
 
 
 def test_an_unknown_device_gets_the_reference() -> None:
@@ -60,7 +95,7 @@ def test_importing_the_package_needs_no_triton() -> None:
 def test_triton_kernels_that_cannot_be_imported_say_why_at_every_call() -> None:
     script = (
         "import importlib.util, sys\n"
-        "from cwbr_fused import extension\n"
+        "from cwbr_fused.operations import extension\n"
         "importlib.util.find_spec = lambda name: None  # as in a checkout that is not installed\n"
         "def failure():\n"
         "    try: extension.triton_kernels()\n"

@@ -47,6 +47,18 @@ def test_no_gradient_passes_a_clamped_variance(gpu: Emulator) -> None:
     assert (grad[:5, 0] != 0).all()
 
 
+def test_gradients_may_begin_anywhere_in_memory(gpu: Emulator) -> None:
+    """As `torch.cat([scalar, mean.flatten()])` hands them back: contiguous, but not aligned."""
+    order, offsets, _ = reference.group_by_class(some_targets(37, 3), 2)
+    z = randn(37, 8)
+    moments = reference.class_moments(z, order, offsets, EPS)
+    aligned = [randn(*mean.shape, seed=s) for s, mean in enumerate(moments)]
+    shifted = [torch.cat([torch.ones(1), g.flatten()])[1:].view(g.shape) for g in aligned]
+    assert all(g.is_contiguous() and g.data_ptr() % 16 == 4 for g in shifted)
+    for grads in ((shifted[0], aligned[1]), (aligned[0], shifted[1])):
+        check(gpu, "class_moments_backward", *grads, z, *moments, order, offsets, EPS)
+
+
 def test_variances_far_from_zero_are_as_good_as_eager(gpu: Emulator) -> None:
     z = (1000 + randn(64, 33, dtype=torch.float64)).float()
     order, offsets, _ = reference.group_by_class(some_targets(64, 4), 2)

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from emulation.harness import HERE, compile_emulated
 from emulation.harness import KERNELS as SOURCES
+from emulation.harness import compile_emulated
 
 from benchmarks.gpu_report_cuda import KERNELS, Row, find_tool, rows, stage_instructions
 from cwbr_fused.operations.schema import SCHEMAS
@@ -48,6 +48,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, copy)
     # -O0 is for the CPU's kernels, which nothing here looks at.
     environment = {**os.environ, "CWBR_BUILD": "cuda", "CFLAGS": "-O0"}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
     if home:
         environment["CUDA_HOME"] = home
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]

@@ -11,7 +11,7 @@ from kernel_inputs import written
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cwbr_fused.operations import autograd, schema
+from cwbr_fused.operations import autograd, backends, schema
 
 EPS = 1e-6
 # "reference" calls the closed forms directly, "cpu" through the dispatcher, whatever is built.
@@ -37,12 +37,31 @@ def test_moments_are_kept_for_the_gradient_on_a_gpu_alone(device: str, layers_ke
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_operation_changes_what_its_schema_says_and_nothing_else(name: str) -> None:
     arguments, untouched = operation_arguments()[name], operation_arguments()[name]
+    versions = [a._version if isinstance(a, Tensor) else None for a in arguments]
     getattr(torch.ops.cwbr_fused, name)(*arguments)
     for position, (now, before) in enumerate(zip(arguments, untouched, strict=True)):
         if position in written(name):
             assert not torch.equal(now, before)
+            assert now._version > versions[position]
         else:
+            assert getattr(now, "_version", None) == versions[position]
             torch.testing.assert_close(now, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in schema.SCHEMAS if written(name)])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_what_was_saved_before_it_was_written_cannot_be_differentiated(
+    name: str, backend: str
+) -> None:
+    if reason := backends.rejection(backend, "cpu"):
+        pytest.skip(reason)
+    for position in written(name):
+        arguments = operation_arguments(torch.float32)[name]
+        saved = arguments[position]
+        loss = (torch.ones_like(saved, requires_grad=True) * saved).sum()
+        getattr(autograd.OPERATIONS[backend], name)(*arguments)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def functions(backend: str) -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
