@@ -1,6 +1,6 @@
 // operations.cpp on a real GPU: the kernels as nvcc compiles them, in memory with guards on both
 // sides, without torch. harness.py builds it where CWBR_HARDWARE=1 asks for it:
-//   nvcc -std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC \
+//   nvcc -std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC
 //        -I tests/emulation -I csrc/cuda -I csrc
 #include <cuda_runtime.h>
 
