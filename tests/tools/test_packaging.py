@@ -6,16 +6,26 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
+
+import cwbr_fused
 
 CHECKOUT = Path(__file__).parents[2]
-PARTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+PARTS = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 PACKAGES = ("csrc", "cwbr_fused", "triton_kernels")
+# What a build environment has: setuptools, and none of the interpreter's packages.
+ISOLATED = """
+import sys, sysconfig
+sys.path = [path for path in sys.path if "site-packages" not in path] + [{setuptools!r}]
+assert not any((__import__("pathlib").Path(path) / "torch").exists() for path in sys.path)
+import build_backend
+"""
 # Prints the file of the package and the backend in use, and checks a value against the reference.
 TRY_IT = """
 import sys, torch, cwbr_fused
@@ -37,7 +47,7 @@ def run(
     command: list[str | Path], cwd: Path, fails: bool = False, **environment: str | None
 ) -> str:
     """Both output streams of a command that must succeed, or fail."""
-    merged = {**os.environ, **environment}
+    merged = {**os.environ, "PYTHONPATH": None, **environment}
     result = subprocess.run(
         command,
         cwd=cwd,
@@ -71,7 +81,8 @@ def python(tmp_path: Path) -> Path:
     run([sys.executable, "-m", "venv", "--without-pip", home], tmp_path)
     interpreter = home / "bin" / "python"
     site = run([interpreter, "-c", "import site; print(site.getsitepackages()[0])"], tmp_path)
-    Path(site.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    borrowed = (path for path in sys.path if path.endswith("site-packages"))
+    Path(site.strip(), "borrowed.pth").write_text("\n".join(borrowed))
     assert "ModuleNotFoundError" in run(
         [interpreter, "-c", "import torch; import cwbr_fused"], tmp_path, fails=True
     )
@@ -109,6 +120,23 @@ def test_wheel_holds_every_module_and_no_source_of_kernels(source: Path) -> None
     expected |= {f"cwbr_fused/triton_kernels/{path.name}" for path in kernels}
     expected.add("cwbr_fused/py.typed")
     assert {n for n in names_in(wheel) if not n.split("/")[0].endswith(".dist-info")} == expected
+
+
+def test_the_sdist_has_every_file_of_the_repository(tmp_path: Path) -> None:
+    """So that the tests run from it; but for what only git itself reads."""
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout of the repository")
+    script = f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
+    files = listed.stdout.split()
+    for name in files:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CHECKOUT / name, tmp_path / "copy" / name)
+    run([sys.executable, "-c", script], tmp_path / "copy")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(files) - held == set()
 
 
 @pytest.mark.parametrize("editable", [False, True])
@@ -165,11 +193,43 @@ def test_an_unknown_mode_fails_and_names_the_modes(source: Path) -> None:
     assert "CWBR_BUILD: expected one of ('auto', 'cpu', 'cuda', 'none'), got 'gpu'" in log
 
 
+@pytest.fixture
+def isolated(tmp_path: Path) -> str:
+    """The first lines of a script that runs as in an isolated build environment."""
+    environment = tmp_path / "build-environment"
+    environment.mkdir()
+    installed = Path(setuptools.__file__).parent
+    for folder in (installed, installed.with_name("_distutils_hack")):
+        (environment / folder.name).symlink_to(folder)
+    return ISOLATED.format(setuptools=str(environment))
+
+
+def test_an_isolated_build_finds_the_installed_torch_and_asks_for_no_other(
+    source: Path, python: Path, isolated: str
+) -> None:
+    script = "import torch; print(build_backend.get_requires_for_build_wheel(), torch.__version__)"
+    output = run([python, "-c", isolated + script], source, CWBR_BUILD=None)
+    assert output.splitlines()[-1] == f"[] {torch.__version__}"
+
+
+def test_an_isolated_build_asks_for_a_torch_only_to_compile(
+    source: Path, python: Path, isolated: str
+) -> None:
+    for borrowed in python.parent.parent.glob("lib/*/site-packages/borrowed.pth"):
+        borrowed.unlink()
+    script = f"{isolated}print(build_backend.get_requires_for_build_wheel())"
+    for mode, requires in ((None, ["torch>=2.10"]), ("cpu", ["torch>=2.10"]), ("none", [])):
+        assert run([python, "-c", script], source, CWBR_BUILD=mode).strip() == str(requires)
+    script = f"{isolated}print(build_backend.build_sdist('dist'))"
+    sdist = run([python, "-c", script], source, CWBR_BUILD="cpu").splitlines()[-1]
+    assert sdist == f"cwbr_fused-{cwbr_fused.__version__}.tar.gz"
+
+
 @pytest.mark.slow
 def test_sdist_to_wheel_to_empty_environment(source: Path, python: Path, tmp_path: Path) -> None:
     """One abi3 wheel, compiled from nothing but the sdist, whose C++ kernels are what runs."""
-    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    run([sys.executable, "-c", script], source, CWBR_BUILD="none")
+    script = f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
+    run([sys.executable, "-c", script], source)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
