@@ -53,13 +53,13 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
 def prepare_metadata_for_build_wheel(directory: str, config_settings: Settings = None) -> str:
     """The metadata, for which no torch is asked."""
     os.environ["CWBR_BUILD"] = "none"
-    return build_meta.prepare_metadata_for_build_wheel(directory, config_settings)
+    return str(build_meta.prepare_metadata_for_build_wheel(directory, config_settings))
 
 
 def build_sdist(directory: str, config_settings: Settings = None) -> str:
     """The sources, for which nothing is compiled."""
     os.environ["CWBR_BUILD"] = "none"
-    return build_meta.build_sdist(directory, config_settings)
+    return str(build_meta.build_sdist(directory, config_settings))
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

@@ -17,7 +17,7 @@ from cwbr_fused import backends, functional, reference
 from cwbr_fused.balanced.module import CWBR
 from cwbr_fused.inputs.features import FeatureCatcher
 from cwbr_fused.inputs.pooling import to_vec
-from cwbr_fused.inputs.warning import CWBRWarning
+from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap.loss import loss, scale_match
 from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 from cwbr_fused.overlap.sampling import PKSampler

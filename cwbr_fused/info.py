@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import cwbr_fused
-from cwbr_fused.operations import backends, extension
+from cwbr_fused.operations import absence, backends, extension
 
 # What changes behaviour from outside; CWBR_BUILD matters only while installing.
 OVERRIDES = (
@@ -29,10 +29,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_kernels() -> str:
-    reason = extension.missing("cpu")
+def _kernels(backend: str) -> str:
+    """Whether the kernels are there; if not, why, and what to do about it."""
+    reason = extension.missing(backend)
     if reason is not None:
-        return reason
+        return f"{reason}; {absence.remedy(backend, reason)}"
+    if backend == "cuda":
+        return "built"
     try:
         return f"built, running on {torch.ops.cwbr_fused_build.cpu_isa()}"
     except (ValueError, RuntimeError) as error:  # torch 2.15 makes it a RuntimeError
@@ -56,8 +59,8 @@ def info() -> str:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}, "
         f"{torch.get_num_threads()} threads",
         "triton": _version("triton"),
-        "cpu kernels": _cpu_kernels(),
-        "cuda kernels": extension.missing("cuda") or "built",
+        "cpu kernels": _kernels("cpu"),
+        "cuda kernels": _kernels("cuda"),
         "GPUs": ", ".join(gpus) or "none",
         "overrides": " ".join(overrides) or "none",
     }

@@ -38,10 +38,10 @@ from cwbr_fused.balanced.taps import Tap
 from cwbr_fused.inputs import soft_targets, validation
 from cwbr_fused.inputs.features import FeatureCatcher, find_layer
 from cwbr_fused.inputs.pooling import Spread, spread, to_vec
-from cwbr_fused.inputs.warning import CWBRWarning
 from cwbr_fused.operations import backends, distributed
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.operations.reference import accumulation_dtype
+from cwbr_fused.operations.warning import CWBRWarning
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

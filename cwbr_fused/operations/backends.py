@@ -6,7 +6,8 @@
 - `cuda`: CUDA C++ kernels, for the NVIDIA GPUs they were compiled for.
 
 `backend="auto"` takes the first usable of cpu (CPU), or cuda, triton (GPU), then reference. The
-environment variable CWBR_BACKEND replaces "auto" by a name of your choice.
+environment variable CWBR_BACKEND replaces "auto" by a name of your choice. Where "auto" takes the
+reference because compiled kernels are absent, the first call warns of it, once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from cwbr_fused.operations import extension
+from cwbr_fused.operations import absence, extension
 
 __all__ = ["NAMES", "check", "explain", "rejection", "resolve"]
 
@@ -63,7 +64,11 @@ def resolve(backend: str, device_type: str) -> str:
     """
     backend = check(backend)
     if backend == "auto":
-        return _first_usable(device_type)
+        chosen = _first_usable(device_type)
+        reason = rejection(device_type, device_type) if device_type in ("cpu", "cuda") else None
+        if chosen == "reference" and reason is not None:
+            absence.warn_once(device_type, reason)
+        return chosen
     reason = rejection(backend, device_type)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
@@ -78,7 +83,8 @@ def _first_usable(device_type: str) -> str:
 
 def explain(device_type: str = "cpu") -> str:
     """One line per backend, in the order in which "auto" tries them: chosen, usable, or why not."""
-    chosen = resolve("auto", device_type)
+    named = check("auto")
+    chosen = _first_usable(device_type) if named == "auto" else resolve(named, device_type)
     lines = []
     for name in NAMES:
         reason = rejection(name, device_type)

@@ -28,7 +28,8 @@ def _load(backend: str) -> None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        _missing[backend] = f"the compiled {backend} kernels do not load: {error}"
+        reason = error.__cause__ or error  # torch's own error names the file alone
+        _missing[backend] = f"the compiled {backend} kernels do not load: {reason}"
         return
     # Asked once, here, because torch.compile cannot trace the question.
     if not torch._C._dispatch_has_kernel_for_dispatch_key("cwbr_fused::plan", key):

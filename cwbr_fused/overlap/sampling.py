@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from cwbr_fused.inputs import validation
-from cwbr_fused.inputs.warning import CWBRWarning
+from cwbr_fused.operations.warning import CWBRWarning
 
 LEFT_OUT = 0.1  # of the samples: what an epoch may leave out without a warning
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from cwbr_fused.inputs import soft_targets, validation
-from cwbr_fused.inputs.warning import CWBRWarning
 from cwbr_fused.operations import backends
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.operations.distributed import process_group
+from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap.adjustments import Adjustment, Shrinkage, Temperature, shrink_variance
 from cwbr_fused.overlap.loss import Steps, common_vectors, single_steps
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cwbr_fused import CWBR, FeatureCatcher, to_vec
 from cwbr_fused.balanced.balance import COSINE_EVERY
 from cwbr_fused.balanced.bank import ClassBank
-from cwbr_fused.inputs.warning import CWBRWarning
 from cwbr_fused.operations import reference_bank
+from cwbr_fused.operations.warning import CWBRWarning
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cwbr_fused import ConfusionWeightedBhatReg, PKSampler
-from cwbr_fused.inputs.warning import CWBRWarning
 from cwbr_fused.operations import backends
+from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap import silence
 from cwbr_fused.overlap.silence import HealthCheck
 

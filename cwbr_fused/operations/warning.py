@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CWBRWarning(UserWarning):
-    """The regularizer has no effect, or an unintended one; the text says what to do."""
+    """Something has no effect, an unintended one, or is slow; the text says what to do."""
