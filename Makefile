@@ -132,4 +132,4 @@ gpu-check: $(READY)
 	$(PY) -m benchmarks.gpu_check
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info cwbr_fused/_C*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info cwbr_fused/_C*.so cwbr_fused/_cuda*.so

@@ -286,7 +286,7 @@ def _triton_row(name: str, binary: Any, arch: str, labels: dict[str, str]) -> Ro
 
 def cuda_rows(archs: Sequence[str]) -> list[Row]:
     """The rows of the compiled extension; none where it has no CUDA kernels."""
-    libraries = Path(cwbr_fused.__path__[0]).glob("_C*.so")
+    libraries = Path(cwbr_fused.__path__[0]).glob("_cuda*.so")
     if extension.missing("cuda") is not None:
         return []
     return [r for library in libraries for r in gpu_report_cuda.rows(library) if r.arch in archs]

@@ -65,7 +65,7 @@ __device__ accumulate_t<T> attract_all(const Attraction<accumulate_t<T>>& by, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     class_attraction_kernel(const T* z, Attraction<accumulate_t<T>> by, accumulate_t<T>* energy,
                             accumulate_t<T>* gradient) {
   using A = accumulate_t<T>;

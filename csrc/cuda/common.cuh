@@ -225,6 +225,11 @@ __device__ inline Scan block_scan(int value, int (&scratch)[kMaxWarps]) {
   return result;
 }
 
+// What a kernel needs that only scans over the block.
+struct ScanShared {
+  int scratch[kMaxWarps];
+};
+
 // Whether this block is the last of `expected` to get here; what the others wrote is then visible.
 __device__ inline bool arrives_last(int* ticket, int64_t expected, int& shared_last) {
   __threadfence();

@@ -218,7 +218,7 @@ __device__ void weigh_row(const A* alpha, int rows, int row, A (&scratch)[kMaxWa
 
 // One block per stage packs all rows; where there are weights, one more per row sums them.
 template <class A>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     pack_kernel(const A* mean, const A* var, TileInput<A> in, A eps, const A* alpha, A* row_weight,
                 int* tickets, int num_tickets) {
   PackShared<A>& shared = shared_memory<PackShared<A>>();

@@ -59,10 +59,6 @@ struct Touching {
   int* ends;   // (2 M,)
 };
 
-struct ScanShared {
-  int scratch[kMaxWarps];
-};
-
 __device__ inline void find_touching(int64_t group, int64_t groups, const int64_t* pairs,
                                      int num_pairs, Touching touching, int (&scratch)[kMaxWarps]) {
   int before = 0;
@@ -90,6 +86,10 @@ static __global__ void __launch_bounds__(kColumnThreads)
                 shared_memory<ScanShared>().scratch);
 }
 
+// A pair is three loads, each of which waits for the one before: a class that is in hundreds of
+// pairs has those of several on their way at once.
+constexpr int kPairsInFlight = 4;
+
 template <class A>
 struct PairGradients {
   const A* grad;  // (M,)
@@ -111,27 +111,34 @@ __device__ void walk_pairs(const PairGradients<A>& from, const A* mean, const A*
     u_i[w] += eps;
     grad_mean[w] = grad_var[w] = 0;
   }
-  for (int at = from.touching.start[group]; at < from.touching.start[group + 1]; ++at) {
-    const int end = from.touching.ends[at];
-    const A g = from.grad[end / 2];
-    if (g == 0) continue;
-    const int64_t other = from.pairs[end ^ 1] * dims + column;
-    A mean_j[WIDTH], u_j[WIDTH];
-    load_many(mean + other, mean_j);
-    load_many(var + other, u_j);
+  const int last = from.touching.start[group + 1];
+  for (int first = from.touching.start[group]; first < last; first += kPairsInFlight) {
+    A g[kPairsInFlight], mean_j[kPairsInFlight][WIDTH], u_j[kPairsInFlight][WIDTH];
 #pragma unroll
-    for (int w = 0; w < WIDTH; ++w) {
-      u_j[w] += eps;
-      const A sum = u_i[w] + u_j[w], t = (mean_i[w] - mean_j[w]) / sum;
-      grad_mean[w] += g * t / 2;
-      grad_var[w] += g * ((u_i[w] - u_j[w]) / sum / u_i[w] - t * t) / 4;
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      const int end = from.touching.ends[first + k < last ? first + k : first];
+      g[k] = from.grad[end / 2];
+      const int64_t other = from.pairs[end ^ 1] * dims + column;
+      load_many(mean + other, mean_j[k]);
+      load_many(var + other, u_j[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      if (first + k >= last) continue;  // mask: the last round is short
+      if (g[k] == 0) continue;
+#pragma unroll
+      for (int w = 0; w < WIDTH; ++w) {
+        const A u = u_j[k][w] + eps, sum = u_i[w] + u, t = (mean_i[w] - mean_j[k][w]) / sum;
+        grad_mean[w] += g[k] * t / 2;
+        grad_var[w] += g[k] * ((u_i[w] - u) / sum / u_i[w] - t * t) / 4;
+      }
     }
   }
 }
 
 // One block per group and slice of columns.
 template <class A>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     pair_distance_backward_kernel(PairGradients<A> from, const A* mean, const A* var,
                                   int64_t groups, int64_t dims, A eps, A* grad_mean, A* grad_var) {
   const int64_t group = blockIdx.x % groups, slice = blockIdx.x / groups;

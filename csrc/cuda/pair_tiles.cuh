@@ -15,6 +15,11 @@ struct TileShared {
   int last;
 };
 
+// The number of the tile of rows i <= j, counted in tiles; those of one i come one after the other.
+__device__ inline int tile_number(int i, int j, int across) {
+  return static_cast<int>(first_pair_of_row(i, across + 1)) + j - i;
+}
+
 // Which tile a block works on: rows from first[0] and columns from first[1], first[0] <= first[1].
 template <class A>
 struct TilePlace {

@@ -153,12 +153,15 @@ class Emulator:
         processors: how many multiprocessors the GPU claims to have.
         mutant: the number of the planted defect that is awake, or -1.
         launches: how many kernels the last operation launched.
+        scratch_bytes: what it borrowed beside its results.
     """
 
     def __init__(self, library: Path, processors: int = 4) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.run.restype = ctypes.c_char_p
-        self.seed, self.processors, self.mutant, self.launches = 0, processors, -1, 0
+        self.library.scratch_bytes.restype = ctypes.c_int64
+        self.seed, self.processors, self.mutant = 0, processors, -1
+        self.launches = self.scratch_bytes = 0
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in schema.SCHEMAS:
@@ -183,6 +186,7 @@ class Emulator:
             ctypes.c_int64(len(room)),
         )
         self.launches = self.library.launches()
+        self.scratch_bytes = self.library.scratch_bytes()
         if failure is not None:
             raise EmulationError(failure.decode())
         return result

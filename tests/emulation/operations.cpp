@@ -13,8 +13,11 @@
 
 namespace cwbr::cuda {
 
-// How many multiprocessors the GPU claims to have, and kernels launched since the last call.
-inline int claimed_processors = 4, launches = 0;
+// How many multiprocessors the GPU claims to have.
+inline int claimed_processors = 4;
+// What the last call has launched, and borrowed beside its results.
+inline int launches = 0;
+inline int64_t scratch_bytes = 0;
 
 // As the operations know it; in this namespace the kernels are found.
 class TestLauncher : public emulation::Launcher {
@@ -25,6 +28,11 @@ class TestLauncher : public emulation::Launcher {
   ~TestLauncher() { cuda::launches += emulation::Launcher::launches; }
 
   Tensor empty(ScalarType dtype, Sizes sizes) const { return Tensor(dtype, sizes); }
+  template <class T>
+  T* scratch(int64_t count) {
+    scratch_bytes += count * static_cast<int64_t>(sizeof(T));
+    return emulation::Launcher::scratch<T>(count);
+  }
   void check_device(const Tensor&, const char*) const {}
   static auto with_element_type(ElementType type, const auto& f) {
     return with_any_element_type(type, f);
@@ -149,6 +157,7 @@ void configure(uint64_t seed, int mutant, int processors) {
 const char* run(const char* name, const Argument* arguments, int64_t count, const HostTensor* room,
                 int64_t results) {
   cwbr::cuda::launches = 0;
+  cwbr::cuda::scratch_bytes = 0;
   try {
     const std::vector<Tensor> made = call(name, arguments, count);
     if (emulation::failed == nullptr) hand_over(made, room, results);
@@ -160,5 +169,6 @@ const char* run(const char* name, const Argument* arguments, int64_t count, cons
 }
 
 int launches() { return cwbr::cuda::launches; }
+int64_t scratch_bytes() { return cwbr::cuda::scratch_bytes; }
 
 }  // extern "C"

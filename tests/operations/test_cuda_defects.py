@@ -43,6 +43,7 @@ Case = tuple[str, tuple[Any, ...]]
 def group_cases() -> Iterator[Case]:
     yield "group_by_class", (random_targets(300, 100), 2)
     yield "group_by_class", (random_targets(37, 13), 3)
+    yield "group_by_class", (random_targets(4100, 900), 2)  # in chunks
 
 
 def moment_cases() -> Iterator[Case]:

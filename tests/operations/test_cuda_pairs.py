@@ -47,6 +47,28 @@ def test_all_pair_distance_and_its_gradient(
     check(gpu, "all_pair_distance_backward", randn(rows, rows, dtype=dtype), mean, var, EPS)
 
 
+def test_gradients_of_many_rows_borrow_no_more_than_32_mib_for_their_sums(gpu: Emulator) -> None:
+    """Beside the packed rows; some rows' gradients are compared with the closed form."""
+    rows, dims = 1500, 17
+    mean, var = some_moments(rows, dims, torch.float64)
+    grad = randn(rows, rows, dtype=torch.float64)
+    grad_mean, grad_var = gpu.all_pair_distance_backward(grad, mean, var, EPS)
+    packed = 2 * 16 * (rows + 32) * 8 * 2
+    assert gpu.scratch_bytes <= 1.15 * ((32 << 20) + packed)
+    weight, u = grad + grad.T, var + EPS
+    for i in (0, 31, 800, rows - 1):
+        t, z = (mean[i] - mean) / (u[i] + u), (u[i] - u) / (u[i] + u) / u[i]
+        assert_close(grad_mean[i], (weight[i, :, None] * t).sum(0) / 2, factor=4)
+        assert_close(grad_var[i], (weight[i, :, None] * (z - t * t)).sum(0) / 4, factor=4)
+
+
+def test_a_class_in_hundreds_of_pairs_has_the_gradient_of_all(gpu: Emulator) -> None:
+    mean, var = some_moments(40, 20, torch.float32)
+    pairs = torch.tensor([[0, 1 + i % 39] if i % 2 else [1 + i % 39, 0] for i in range(255)])
+    grad = randn(255) * (torch.arange(255) % 5 > 0)  # some pairs take no part
+    check(gpu, "pair_distance_backward", grad, mean, var, pairs, EPS, factor=4)
+
+
 def relative_errors(
     ours: Tensor, eager: Tensor, truth: Tensor, size: Tensor
 ) -> tuple[float, float]:

@@ -68,7 +68,7 @@ def source(tmp_path: Path) -> Path:
     for name in PARTS:
         shutil.copy(CHECKOUT / name, copy)
     for name in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__", "_C*")
+        ignored = shutil.ignore_patterns("__pycache__", "_C*", "_cuda*")
         shutil.copytree(CHECKOUT / name, copy / name, ignore=ignored)
     return copy
 
