@@ -11,16 +11,17 @@ were picked on fall by themselves when the model is trained again.
 
 from cwbr_fused.diagnostics.measures import (
     layer_overlaps,
+    layer_separations,
     linear_probe,
     pair_error_rate,
     top_confusing_pairs,
 )
-from cwbr_fused.diagnostics.output import write_report
 from cwbr_fused.diagnostics.summary import report
-from cwbr_fused.diagnostics.tensorboard import write_tensorboard
+from cwbr_fused.diagnostics.writers import write_report, write_tensorboard
 
 __all__ = [
     "layer_overlaps",
+    "layer_separations",
     "linear_probe",
     "pair_error_rate",
     "report",

@@ -1,16 +1,19 @@
-"""The arguments of a report, checked, and its numbers, made plain."""
+"""The arguments of reports, checked."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from cwbr_fused.diagnostics.content import Report
 from cwbr_fused.diagnostics.measures import check_pairs
 from cwbr_fused.inputs import validation
 
+Report = Mapping[str, Any]
+# The reports of each method in the order of their steps; a method without a name is "".
+Histories = dict[str, list[Report]]
 GRADIENTS = ("ce_norm", "reg_norm", "cosine")
 KEYS = {
     *("step", "samples", "classes", "accuracy", "cross_entropy", "regularizer", "scale"),
@@ -28,29 +31,23 @@ def finite_list(values: Tensor) -> list[float | None]:
     return [finite(value) for value in values.tolist()]
 
 
-def checked_names(class_names: Sequence[str] | None, classes: int) -> Sequence[str]:
-    """One name for each of C classes; their numbers where none are given."""
+def checked_names(class_names: object, classes: int) -> Sequence[str]:
+    """A name for each of C classes; their numbers where none are given."""
     if class_names is None:
         return [str(k) for k in range(classes)]
-    check_names(class_names)
+    if (
+        not isinstance(class_names, Sequence)
+        or isinstance(class_names, str)
+        or not all(isinstance(name, str) for name in class_names)
+    ):
+        described = type(class_names).__name__
+        raise TypeError(f"class_names: expected a sequence of strings, got {described}")
     if len(class_names) != classes:
         raise ValueError(
             f"class_names: expected C = {classes} names, as logits has columns, "
             f"got {len(class_names)}"
         )
     return class_names
-
-
-def check_names(class_names: object) -> None:
-    """A sequence of strings that is not itself a string."""
-    if (
-        not isinstance(class_names, Sequence)
-        or isinstance(class_names, str)
-        or not all(isinstance(name, str) for name in class_names)
-    ):
-        raise TypeError(
-            f"class_names: expected a sequence of strings, got {type(class_names).__name__}"
-        )
 
 
 def check_step(name: str, step: object, required: bool = False) -> None:
@@ -64,8 +61,7 @@ def check_step(name: str, step: object, required: bool = False) -> None:
 def checked_pairs(pairs: Tensor, logits: Tensor) -> Tensor:
     """(M, 2) int64 pairs of different classes, on the device of the logits."""
     check_pairs(pairs)
-    columns = logits.shape[1]
-    validation.check_range("pairs", pairs, 0, columns, "as logits has C = {high} columns")
+    validation.check_range("pairs", pairs, 0, logits.shape[1], "as logits has C = {high} columns")
     if bool((pairs[:, 0] == pairs[:, 1]).any()):
         raise ValueError("pairs: expected two different classes in each, got one with itself")
     return pairs.to(logits.device).long()
@@ -86,13 +82,15 @@ def checked_predictions(before: object, targets: Tensor) -> Tensor | None:
 def checked_gradients(
     gradients: object, features: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float | None]]:
-    """Norms and cosine of each layer, as plain numbers."""
+    """Norms, cosine and share of each layer of features, as plain numbers."""
     if gradients is None:
-        return {}
+        gradients = {}
     if not isinstance(gradients, Mapping):
-        raise TypeError(
-            f"gradients: expected a mapping from layers, got {validation.describe(gradients)}"
-        )
+        described = validation.describe(gradients)
+        raise TypeError(f"gradients: expected a mapping from layers, got {described}")
+    numbers: dict[str, dict[str, float | None]] = {
+        layer: dict.fromkeys((*GRADIENTS, "share")) for layer in features
+    }
     for layer, measured in gradients.items():
         if layer not in features:
             raise ValueError(
@@ -103,59 +101,52 @@ def checked_gradients(
                 f"gradients[{layer!r}]: expected a mapping with the keys {GRADIENTS}, "
                 f"got {validation.describe(measured)}"
             )
-    return {
-        layer: {key: finite(measured[key]) for key in GRADIENTS}
-        for layer, measured in gradients.items()
-    }
-
-
-def checked_history(report: object) -> list[Report]:
-    """The reports in order of their steps."""
-    if isinstance(report, Mapping):
-        check_report("report", report)
-        return [report]
-    if not isinstance(report, Sequence) or isinstance(report, str):
-        described = validation.describe(report)
-        raise TypeError(f"report: expected a dictionary or a sequence of those, got {described}")
-    if not report:
-        raise ValueError("report: expected at least one, got an empty sequence")
-    for index, entry in enumerate(report):
-        check_report(f"report[{index}]", entry)
-        check_step(f"report[{index}]['step']", entry["step"], required=len(report) > 1)
-        if index > 0 and entry["step"] <= report[index - 1]["step"]:
-            raise ValueError(
-                f"report[{index}]['step']: expected more than the one before it, "
-                f"{report[index - 1]['step']}, got {entry['step']}"
-            )
-    return list(report)
+        loss, added, cosine = (finite(measured[key]) for key in GRADIENTS)
+        share = added / loss if loss and added is not None else None
+        numbers[layer] = {"ce_norm": loss, "reg_norm": added, "cosine": cosine, "share": share}
+    return numbers
 
 
 def check_report(name: str, report: object) -> None:
-    """A dictionary with the keys of a report."""
+    """What `cwbr_fused.diagnostics.report` returns."""
+    expected = f"{name}: expected what cwbr_fused.diagnostics.report returns"
     if not isinstance(report, Mapping):
-        raise TypeError(f"{name}: expected a dictionary, got {type(report).__name__}")
-    missing = KEYS - set(report)
-    if missing:
-        raise ValueError(
-            f"{name}: expected what cwbr_fused.diagnostics.report returns, "
-            f"got a dictionary without {sorted(missing)}"
-        )
+        raise TypeError(f"{expected}, got {type(report).__name__}")
+    if missing := KEYS - set(report):
+        raise ValueError(f"{expected}, got a dictionary without {sorted(missing)}")
 
 
-def shown_names(report: Report, class_names: Sequence[str] | None) -> dict[int, str]:
+def checked_histories(report: object) -> Histories:
+    """The reports of each method."""
+    by_method = isinstance(report, Mapping) and not KEYS & set(report)
+    methods = report if by_method and isinstance(report, Mapping) else {"": report}
+    histories: Histories = {}
+    for method, of_method in methods.items():
+        name = f"report[{method!r}]" if by_method else "report"
+        if isinstance(of_method, str) or not isinstance(of_method, (Mapping, Sequence)):
+            described = validation.describe(of_method)
+            raise TypeError(f"{name}: expected a report or a sequence of reports, got {described}")
+        if not of_method:
+            raise ValueError(f"{name}: expected at least one report, got an empty sequence")
+        history = [of_method] if isinstance(of_method, Mapping) else list(of_method)
+        before = -1
+        for index, entry in enumerate(history):
+            label = f"{name}[{index}]" if len(history) > 1 else name
+            check_report(label, entry)
+            check_step(f"{label}['step']", entry["step"], required=len(history) > 1)
+            if len(history) > 1 and entry["step"] <= before:
+                raise ValueError(
+                    f"{label}['step']: expected more than the step before, {before}, "
+                    f"got {entry['step']}"
+                )
+            before = entry["step"]
+        histories[str(method)] = history
+    if not histories:
+        raise ValueError("report: expected at least one report, got an empty mapping")
+    return histories
+
+
+def shown_names(report: Report) -> dict[int, str]:
     """The name of each class that the report shows."""
     entries = [*report["pairs"], report["confusion"]]
-    names = {
-        k: name
-        for entry in entries
-        for k, name in zip(entry["classes"], entry["names"], strict=True)
-    }
-    if class_names is None:
-        return names
-    check_names(class_names)
-    if len(class_names) <= max(names, default=0):
-        raise ValueError(
-            f"class_names: expected a name for each class up to {max(names)}, "
-            f"got {len(class_names)} names"
-        )
-    return {k: class_names[k] for k in names}
+    return {k: n for e in entries for k, n in zip(e["classes"], e["names"], strict=True)}

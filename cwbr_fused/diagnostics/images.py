@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -60,21 +57,3 @@ def _thumbnail(name: str, image: object) -> Tensor:
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
         values = interpolate(values[None], size, mode="area")[0]
     return (values * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).contiguous()
-
-
-def data_url(image: Tensor) -> str:
-    """A PNG of (H, W, 3) uint8, as text that a page can hold."""
-    height, width, _ = image.shape
-    rows = torch.cat([image.new_zeros(height, 1), image.reshape(height, -1)], dim=1)  # no filter
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(bytes(rows.flatten().tolist()), 9))
-        + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,8 +1,8 @@
-"""The single measures: confusing pairs and their errors, overlaps of layers, linear probes."""
+"""The single measures: confusing pairs and their errors, distances of layers, linear probes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ def layer_overlaps(
 ) -> dict[str, Tensor]:
     """Mean overlap `rho = exp(-D)` of the most confused pairs of classes, for each layer.
 
-    The pairs, and what they are measured by, are those of `cwbr_fused.loss`; every pair counts the
-    same. A whole dataset may be passed as one batch: memory grows with the square of the number of
+    The pairs and D are those of `cwbr_fused.loss`; every pair has the same weight. On layers with
+    many dimensions rho is 0 in float32 from the start: `layer_separations` is the measure to watch
+    there. A whole dataset may be passed as one batch: memory grows with the square of the number of
     classes, not of samples.
 
     Args:
@@ -42,26 +43,108 @@ def layer_overlaps(
     Raises:
         TypeError, ValueError: as `cwbr_fused.loss`.
     """
-    if not isinstance(features, Mapping):
-        raise TypeError(
-            f"features: expected a mapping of tensors, got {validation.describe(features)}"
-        )
-    validation.check_options(top_m, eps, "overlap", min_count)
-    validation.check_batch(logits, targets)
-    vectors = validation.feature_vectors(features, logits)
-    name = backends.resolve(backend, logits.device.type)
-    operations = OPERATIONS[name]
+    validation.check_eps(eps)
+    validation.check_positive_int("min_count", min_count)
+    name = _checked_backend(features, logits, targets, top_m, backend)
 
+    def overlap(mean: Tensor, var: Tensor, counts: Tensor, pairs: Tensor) -> Tensor:
+        distance: Tensor = OPERATIONS[name].pair_distance(mean, var.clamp(min=eps), pairs, eps)
+        return distance.neg().exp()
+
+    return _of_confused_pairs(overlap, features, logits, targets, top_m, min_count, name)
+
+
+@torch.no_grad()
+def layer_separations(
+    features: Mapping[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    top_m: int | None = 64,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Mean distance per dimension of the most confused pairs of classes, for each layer.
+
+    The Bhattacharyya distance of two classes that share the variance V within the classes of a
+    layer is `|mean_i - mean_j|^2_V / 8`. This is its mean over the dimensions, without what the
+    sampling noise of the means adds to it: `(mean_i - mean_j)^2` is reduced by its expectation for
+    classes with equal means, `s_i^2/n_i + s_j^2/n_j`. Unlike rho it neither underflows on wide
+    layers nor depends on the number of samples. `exp` of its negative is the overlap of the pair
+    in an average dimension.
+
+    Args:
+        features, logits, targets, top_m, backend: see `layer_overlaps`.
+
+    Returns:
+        A scalar for each layer: 0 for classes with equal means, below 0 by chance alone; NaN with
+        fewer than two classes of at least two samples.
+
+    Raises:
+        TypeError, ValueError: as `cwbr_fused.loss`.
+    """
+    name = _checked_backend(features, logits, targets, top_m, backend)
+    return _of_confused_pairs(separation, features, logits, targets, top_m, 2, name)
+
+
+def _checked_backend(
+    features: object, logits: Tensor, targets: object, top_m: object, backend: str
+) -> str:
+    """The backend for arguments that are as they should be."""
+    check_mapping(features)
+    validation.check_batch(logits, targets)
+    if top_m is not None:
+        validation.check_positive_int("top_m", top_m, " or None for all pairs")
+    return backends.resolve(backend, logits.device.type)
+
+
+def _of_confused_pairs(
+    measure: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    features: Mapping[str, Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    top_m: int | None,
+    min_count: int,
+    backend: str,
+) -> dict[str, Tensor]:
+    """The mean over pairs of `measure` of the class moments of each layer."""
+    vectors = validation.feature_vectors(features, logits)
+    operations = OPERATIONS[backend]
     order, offsets, classes = operations.group_by_class(targets, min_count)
     used = int((classes != -1).sum())
     offsets, classes = offsets[: used + 1], classes[:used]
     alpha = operations.confusion_weights(logits, order, offsets, classes)
     pairs, _ = operations.top_pairs(alpha, top_m or max(1, used * (used - 1) // 2))
-    overlaps = {}
-    for layer, z in zip(features, vectors, strict=True):
-        mean, var = operations.class_moments(z, order, offsets, eps)
-        overlaps[layer] = operations.pair_distance(mean, var, pairs, eps).neg().exp().mean()
-    return overlaps
+    moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
+    means = [measure(mean, var, offsets.diff(), pairs).mean() for mean, var in moments]
+    return dict(zip(features, means, strict=True))
+
+
+def separation(mean: Tensor, var: Tensor, counts: Tensor, pairs: Tensor) -> Tensor:
+    """The distance of `layer_separations` for each pair.
+
+    Args:
+        mean, var: (K, D) biased moments of the classes.
+        counts: (K,) samples of each class, at least 2.
+        pairs: (M, 2) rows of mean.
+
+    Returns:
+        (M,) in the dtype of mean; NaN where no dimension varies within the classes.
+    """
+    freedom = (counts - 1)[:, None]
+    noise = var / freedom  # of a class mean, squared: the unbiased variance over the samples
+    within = (var * counts[:, None]).sum(0) / freedom.sum()
+    varying = within != 0
+    i, j = pairs.unbind(1)
+    excess = (mean[i] - mean[j]) ** 2 - noise[i] - noise[j]
+    return (excess[:, varying] / within[varying]).mean(1) / 8
+
+
+def check_mapping(features: object) -> None:
+    """A mapping of layers."""
+    if not isinstance(features, Mapping):
+        raise TypeError(
+            f"features: expected a mapping of tensors, got {validation.describe(features)}"
+        )
 
 
 @torch.no_grad()
@@ -132,9 +215,10 @@ def linear_probe(
     """Test accuracy of a linear classifier on frozen features: how far a layer separates classes.
 
     Ridge regression onto one-hot targets with an intercept, on features standardized by the
-    training set, in closed form and float64: `W = (X'X/N + ridge I)^-1 X'(Y - mean(Y))/N`, no
-    random start and nothing to tune. It reads lower than a logistic probe trained to convergence,
-    above all on early layers; compare it with itself only.
+    training set, in closed form: `W = (X'X/N + ridge I)^-1 X'(Y - mean(Y))/N`, no random start and
+    nothing to tune. It reads lower than a logistic probe trained to convergence, above all on early
+    layers; compare it with itself only. It is computed on the CPU, by a QR decomposition, which is
+    accurate in float32 where X'X is not.
 
     Args:
         train_features, test_features: (N, D) and (N', D) pooled features, see `cwbr_fused.to_vec`.
@@ -160,17 +244,19 @@ def linear_probe(
         )
     if ridge <= 0:
         raise ValueError(f"ridge: expected a number > 0, got {ridge!r}")
-    x, x_test = train_features.double(), test_features.double()
+    dtype = reference.accumulation_dtype(train_features.dtype)
+    x, x_test = (features.to("cpu", dtype) for features in (train_features, test_features))
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 0, std, 1)
     x, x_test = (x - mean) / std, (x_test - mean) / std
 
-    classes, inverse = train_targets.unique(return_inverse=True)
+    classes, inverse, sizes = train_targets.cpu().unique(return_inverse=True, return_counts=True)
     samples, dims = x.shape
     # X is centred, so X'(Y - mean(Y)) = X'Y: the sum of the features of each class.
     class_sums = x.new_zeros(len(classes), dims).index_add(0, inverse, x)
-    penalized = x.T @ x / samples + ridge * torch.eye(dims, dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(penalized, class_sums.T / samples)
-    intercept = inverse.bincount(minlength=len(classes)) / samples
-    predictions = classes[(x_test @ weights + intercept).argmax(1)]
-    return float((predictions == test_targets).double().mean())
+    penalty = torch.eye(dims, dtype=dtype, device="cpu") * ridge**0.5
+    r = torch.linalg.qr(torch.cat([x / samples**0.5, penalty]), mode="r").R
+    half = torch.linalg.solve_triangular(r.mT, class_sums.T / samples, upper=False)
+    weights = torch.linalg.solve_triangular(r, half, upper=True)
+    predictions = classes[(x_test @ weights + sizes / samples).argmax(1)]
+    return int((predictions == test_targets.cpu()).sum()) / len(test_targets)

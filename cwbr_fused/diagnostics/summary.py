@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cwbr_fused.diagnostics.arguments import (
-    GRADIENTS,
     check_step,
     checked_gradients,
     checked_names,
@@ -19,15 +20,22 @@ from cwbr_fused.diagnostics.arguments import (
     finite,
     finite_list,
 )
-from cwbr_fused.diagnostics.measures import linear_probe, pair_error_rate, top_confusing_pairs
+from cwbr_fused.diagnostics.measures import (
+    check_mapping,
+    linear_probe,
+    pair_error_rate,
+    separation,
+    top_confusing_pairs,
+)
 from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.pooling import to_vec
 from cwbr_fused.operations import backends, reference
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.overlap import loss
-from cwbr_fused.overlap.adjustments import log_and_inverse_mean
 
+PAIR_KEYS = ("separation", "overlap", "distance", "rho")
 SHOWN_CLASSES = 40  # of the confusion matrix
+FLOAT32_ZERO = 2.0**-150  # what float32 rounds to 0
 
 
 @torch.no_grad()
@@ -50,33 +58,25 @@ def report(
 ) -> dict[str, Any]:
     """What a classifier confuses, and how well each layer separates it.
 
-    The numbers are of the data given, as one batch: pass all outputs on a validation set. Class
-    moments of few samples overstate the distance, so every layer has its `distance_floor`, the
-    mean D that pairs of *identical* Gaussian classes with these sample counts would read; D means
-    something where it is well above it.
-
-    The Bhattacharyya bound: the best classifier that sees one layer alone takes the classes of a
-    pair for each other at a rate of at most `sqrt(w_i w_j) rho`, with the class weights w
-    normalized within the pair (Kailath 1967; Nielsen 2014, arXiv 1401.4788). It holds as far as
-    the features are what rho takes them for: Gaussians with diagonal covariance and the measured
-    moments. Few samples make it too small.
+    The numbers are of the data given, as one batch: pass all outputs on a validation set.
 
     Args:
         features: N samples' layer outputs by name, raw or pooled, as for `cwbr_fused.loss`.
         logits: (N, C).
         targets: (N,) integer classes.
-        class_names: C names; without them classes go by number.
+        class_names: C names; without them the report shows class numbers.
         count: how many of the most confused pairs.
         pairs: (M, 2) classes to report on instead, as from `top_confusing_pairs` on another set.
             The error rate of pairs picked on the same data falls by itself when the model is
             trained again.
         before: an earlier model's logits (N, C) or predictions (N,) for the same samples.
         train: features, by the same names, and targets of the samples to fit linear probes on.
-        gradients: by layer, the norms `ce_norm` and `reg_norm` of the gradients of cross-entropy
-            and regularizer at its output and their `cosine`. More keys are ignored.
+        gradients: `CWBR.health()`, or by layer the norms `ce_norm` of the loss's gradient at its
+            output and `reg_norm` of what was added to it, and their `cosine`. Other keys are
+            ignored.
         step: the training step, for a history of reports.
         top_m: pairs of the published regularizer behind `scale`.
-        min_count: classes with fewer samples have no moments.
+        min_count: smallest class of which the published form takes moments.
         eps, backend: see `cwbr_fused.loss`.
 
     Returns:
@@ -84,25 +84,24 @@ def report(
         undefined or not finite.
 
         - `step`, `samples`, `classes` (that occur), `accuracy`, `cross_entropy`
-        - `regularizer`: `cwbr_fused.loss` of the data; `scale`: `cross_entropy / (regularizer +
-          eps)`, the weight that `scale_match` gives it
         - `pairs_given`: whether `pairs` was; `error_rate`, `error_rate_before`: means over them
         - `pairs`: for each its `classes`, `names`, `samples` (of either class), `alpha`,
-          `error_rate`, `error_rate_before` (see `pair_error_rate`), and `layers`: `distance` D,
-          `rho` and `bayes_bound` by layer
-        - `layers`: for each the means over pairs of `rho`, `distance`, `distance_per_dim`,
-          `bayes_bound`; `distance_floor`; `underflow`, the share of pairs whose rho is 0 in
-          float32 (the dictionary's is float64); `dims`; `probe`, the accuracy of `linear_probe`;
-          `ce_norm`, `reg_norm`, `cosine`
+          `error_rate`, `error_rate_before` (see `pair_error_rate`), and by layer, in `layers`:
+          `separation` (see `layer_separations`), `overlap = exp(-separation)`, and of the published
+          form `distance` D and `rho = exp(-D)`
+        - `layers`: for each its `dims`; the means over pairs of `separation`, `distance` and
+          `rho`, and `overlap` of the mean separation; `underflow`, the share of pairs whose rho is
+          0 in float32 (the dictionary's is float64); `probe`, the accuracy of `linear_probe`;
+          `ce_norm`, `reg_norm`, `cosine`, and `share = reg_norm / ce_norm`
         - `confusion`: of the `classes` in the first pairs, at most 40, with `names`,
           `mean_probs[k][j]`: the mean softmax of class j over the samples of class k
+        - of the published form `regularizer`: `cwbr_fused.loss` of the data; `scale`:
+          `cross_entropy / (regularizer + eps)`, the weight that `scale_match` gives it
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(features, Mapping):
-        described = validation.describe(features)
-        raise TypeError(f"features: expected a mapping of tensors, got {described}")
+    check_mapping(features)
     validation.check_options(top_m, eps, "overlap", min_count)
     validation.check_batch(logits, targets)
     if len(targets) == 0:
@@ -127,11 +126,9 @@ def report(
     mean_probs = _mean_probs(logits, targets, classes)
     i, j = torch.searchsorted(classes, pairs.T.contiguous())
     alpha = finite_list((mean_probs[i, j] + mean_probs[j, i]) / 2)
-    sizes = targets.long().bincount(minlength=logits.shape[1])[pairs].cpu()
+    sizes = targets.long().bincount(minlength=logits.shape[1])[pairs].tolist()
     options: dict[str, Any] = {"min_count": min_count, "eps": eps, "backend": backend}
-    by_layer = {
-        layer: _pair_measures(z, targets, pairs, sizes, **options) for layer, z in vectors.items()
-    }
+    by_layer = {layer: _pair_measures(z, targets, pairs, **options) for layer, z in vectors.items()}
 
     dtype = reference.accumulation_dtype(logits.dtype)
     ce = float(cross_entropy(logits.to(dtype), targets.long()))
@@ -140,7 +137,7 @@ def report(
         "step": step,
         "samples": len(targets),
         "classes": len(targets.unique()),
-        "accuracy": float((predictions == targets).double().mean()),
+        "accuracy": int((predictions == targets).sum()) / len(targets),
         "cross_entropy": finite(ce),
         "regularizer": finite(reg),
         "scale": finite(ce / (reg + eps)),
@@ -151,19 +148,22 @@ def report(
             {
                 "classes": pair,
                 "names": [names[k] for k in pair],
-                "samples": sizes[m].tolist(),
+                "samples": sizes[m],
                 "alpha": alpha[m],
                 "error_rate": rates[m],
                 "error_rate_before": rates_before[m],
-                "layers": {layer: _row(measures, m) for layer, measures in by_layer.items()},
+                "layers": {layer: _plain(rows[m]) for layer, rows in by_layer.items()},
             }
             for m, pair in enumerate(pairs.tolist())
         ],
         "layers": {
-            layer: _layer(measures, sizes, min_count, vectors[layer].shape[1])
-            | {"probe": probes.get(layer)}
-            | measured.get(layer, dict.fromkeys(GRADIENTS))
-            for layer, measures in by_layer.items()
+            layer: {
+                "dims": vectors[layer].shape[1],
+                **_layer(rows),
+                "probe": probes.get(layer),
+                **measured[layer],
+            }
+            for layer, rows in by_layer.items()
         },
         "confusion": _confusion(pairs.tolist(), classes.tolist(), mean_probs, names),
     }
@@ -172,7 +172,7 @@ def report(
 def _mean(values: Sequence[float | None]) -> float | None:
     """Over those that are defined."""
     defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
+    return fmean(defined) if defined else None
 
 
 def _probes(train: object, vectors: Mapping[str, Tensor], targets: Tensor) -> dict[str, float]:
@@ -208,60 +208,38 @@ def _mean_probs(logits: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
 
 
 def _pair_measures(
-    z: Tensor,
-    targets: Tensor,
-    pairs: Tensor,
-    sizes: Tensor,
-    min_count: int,
-    eps: float,
-    backend: str,
-) -> dict[str, Tensor]:
-    """Distance, overlap and bound of each pair, (M,) float64; NaN without moments."""
-    usable = (sizes >= min_count).all(1)
+    z: Tensor, targets: Tensor, pairs: Tensor, min_count: int, eps: float, backend: str
+) -> list[dict[str, float] | None]:
+    """The numbers of a layer for each pair; None for pairs whose classes have no moments."""
     operations = OPERATIONS[backends.resolve(backend, z.device.type)]
-    order, offsets, classes = operations.group_by_class(targets, min_count)
-    mean, var = operations.class_moments(z, order, offsets, eps)
-    groups = torch.searchsorted(classes[classes >= 0], pairs[usable.to(pairs.device)])
-    distance = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
-    distance[usable] = operations.pair_distance(mean, var, groups, eps).double().cpu()
-    rho = distance.neg().exp()
-    share = sizes / sizes.sum(1, keepdim=True).double()
-    return {"distance": distance, "rho": rho, "bayes_bound": share.prod(1).sqrt() * rho}
+    order, offsets, classes = operations.group_by_class(targets, max(min_count, 2))
+    used = int((classes != -1).sum())
+    offsets, classes = offsets[: used + 1], classes[:used]
+    usable = torch.isin(pairs, classes).all(1)
+    groups = torch.searchsorted(classes, pairs[usable])
+    mean, var = operations.class_moments(z, order, offsets, 0.0)
+    distances = operations.pair_distance(mean, var.clamp(min=eps), groups, eps).tolist()
+    separations = separation(mean, var, offsets.diff(), groups).tolist()
+    rows = (
+        {"separation": s, "overlap": math.exp(-s), "distance": d, "rho": math.exp(-d)}
+        for s, d in zip(separations, distances, strict=True)
+    )
+    return [next(rows) if pair_usable else None for pair_usable in usable.tolist()]
 
 
-def _row(measures: Mapping[str, Tensor], row: int) -> dict[str, float | None]:
-    return {key: finite(values[row]) for key, values in measures.items()}
+def _plain(row: Mapping[str, float] | None) -> dict[str, float | None]:
+    return {key: None if row is None else finite(row[key]) for key in PAIR_KEYS}
 
 
-def _layer(
-    measures: Mapping[str, Tensor], sizes: Tensor, min_count: int, dims: int
-) -> dict[str, Any]:
-    """Means over the pairs that have moments, of which `sizes` (M, 2) tells."""
-    usable = (sizes >= min_count).all(1)
-    means = {key: finite(values[usable].mean()) for key, values in measures.items()}
-    distance = means["distance"]
-    vanished = measures["distance"][usable].float().neg().exp() == 0
-    return {
-        "dims": dims,
-        **means,
-        "distance_per_dim": None if distance is None else distance / dims,
-        "distance_floor": finite(dims * _floor_per_dim(sizes[usable]).mean()),
-        "underflow": finite(vanished.double().mean()),
-    }
-
-
-def _floor_per_dim(sizes: Tensor) -> Tensor:
-    """Expected D per dimension of identical Gaussian classes with (M, 2) samples, (M,) float64.
-
-    In units of their variance, the measured ones are independent `chi2(n - 1) / n`, and the means
-    differ by `1/n_i + 1/n_j` in the square. Infinite for two classes of two samples.
-    """
-    n_i, n_j = sizes.double().unbind(1)
-    log_i, _ = log_and_inverse_mean((1 / n_i, n_i - 1))
-    log_j, _ = log_and_inverse_mean((1 / n_j, n_j - 1))
-    log_s, inverse_s = log_and_inverse_mean((0.5 / n_i, n_i - 1), (0.5 / n_j, n_j - 1))
-    floor = (1 / n_i + 1 / n_j) / 8 * inverse_s + log_s / 2 - (log_i + log_j) / 4
-    return torch.where((sizes > 1).all(1) & (sizes.sum(1) > 4), floor, torch.inf)
+def _layer(rows: Sequence[Mapping[str, float] | None]) -> dict[str, float | None]:
+    """Means over the pairs that have moments."""
+    usable = [row for row in rows if row is not None]
+    if not usable:
+        return dict.fromkeys((*PAIR_KEYS, "underflow"))
+    means = {key: fmean(row[key] for row in usable) for key in PAIR_KEYS}
+    means["overlap"] = math.exp(-means["separation"])
+    vanished = fmean(row["rho"] <= FLOAT32_ZERO for row in usable)
+    return {**_plain(means), "underflow": None if math.isnan(means["rho"]) else vanished}
 
 
 def _confusion(
