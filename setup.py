@@ -202,6 +202,6 @@ def compiled() -> dict[str, Any]:
 setup(
     packages=[*find_packages(include=["cwbr_fused*"]), "cwbr_fused.triton_kernels"],
     package_dir={"cwbr_fused": "cwbr_fused", "cwbr_fused.triton_kernels": "triton_kernels"},
-    package_data={"cwbr_fused": ["py.typed"]},
+    package_data={"cwbr_fused": ["py.typed", "diagnostics/*.html"]},
     **compiled(),
 )

@@ -56,22 +56,25 @@ def latest(histories: Histories) -> Report:
 def overview(histories: Histories, thumbs: Thumbs) -> Figure:
     """Pairs and heat map of the last report, charts of the histories: a slide."""
     last, rows = latest(histories), _rows(histories)
-    height = TOP + STRIP * len(rows)
-    figure = Figure(figsize=(WIDTH, height + 0.5), dpi=DPI, layout="constrained")
+    heights = [TOP, STRIP * len(rows)][: 1 + bool(rows)]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=DPI, layout="constrained")
     error = f"error rate of {len(last['pairs'])} pairs {percent(last['error_rate'])}"
     step = "" if last["step"] is None else f"step {last['step']}: "
     figure.suptitle(f"{step}accuracy {percent(last['accuracy'])}, {error}", fontsize=16)
-    above, below = figure.subfigures(2, 1, height_ratios=(TOP, height - TOP), squeeze=False)[:, 0]
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     pairs, confusion = above.subplots(1, 2, width_ratios=(1.8, 1))
     _draw_pairs(pairs, last, thumbs)
     _draw_heat_map(confusion, last, thumbs, SLIDE_CLASSES)
-    _draw_rows(below, rows, histories)
+    for charts_below in below:
+        _draw_rows(charts_below, rows, histories)
     return figure
 
 
-def charts(histories: Histories) -> Figure:
-    """The part of the overview that is drawn as charts."""
+def charts(histories: Histories) -> Figure | None:
+    """The charts of the overview alone; None where no number is defined."""
     rows = _rows(histories)
+    if not rows:
+        return None
     figure = Figure(figsize=(WIDTH, STRIP * len(rows)), layout="constrained")
     _draw_rows(figure, rows, histories)
     return figure

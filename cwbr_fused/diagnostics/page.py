@@ -31,22 +31,24 @@ def html(histories: Histories, thumbs: Thumbs) -> str:
     chosen = [[pair["classes"] for pair in r["pairs"]] for h in histories.values() for r in h]
     return environment.get_template("page.html").render(
         report=last,
-        pictures={k: _png(image) for k, image in thumbs.items()},
-        charts=_svg(figure.charts(histories)),
-        heat_map=_svg(figure.heat_map(last, thumbs)),
+        pictures={k: png_url(image) for k, image in thumbs.items()},
+        charts=svg_url(figure.charts(histories)),
+        heat_map=svg_url(figure.heat_map(last, thumbs)),
         pairs_differ=any(pairs != chosen[0] for pairs in chosen),
     )
 
 
-def _svg(drawing: Figure) -> str:
+def svg_url(drawing: Figure | None) -> str | None:
     """A URL that holds the picture; the same drawing gives the same text."""
+    if drawing is None:
+        return None
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": "cwbr_fused"}):
         drawing.savefig(file, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _png(image: Tensor) -> str:
+def png_url(image: Tensor) -> str:
     """A URL that holds (H, W, 3) uint8."""
     file = io.BytesIO()
     imsave(file, image.numpy(), format="png")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cwbr_fused import backends, reference
 from cwbr_fused.diagnostics import (
     layer_overlaps,
+    layer_separations,
     linear_probe,
     pair_error_rate,
+    report,
     top_confusing_pairs,
 )
 
@@ -66,6 +71,78 @@ def test_overlap_of_fewer_than_two_usable_classes_is_nan(targets: list[int]) -> 
         {"layer": torch.randn(4, 3)}, torch.randn(4, 5), torch.tensor(targets)
     )
     assert math.isnan(overlaps["layer"])
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 40), (40, 40)])
+@pytest.mark.parametrize("power", [1, 3])
+def test_separation_of_classes_with_equal_means_is_0_whatever_their_sizes_and_distributions(
+    sizes: tuple[int, int], power: int
+) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    y = torch.arange(2).repeat_interleave(torch.tensor(sizes))
+    y = torch.cat([y, torch.arange(2, 42).repeat_interleave(4)])  # for the variance within
+    z = 5 + torch.randn(len(y), 20_000, generator=generator) ** power
+    logits = torch.zeros(len(y), 42)
+    logits[y < 2, :2] = 9
+    separation = layer_separations({"a": z}, logits, y, top_m=1)["a"]
+    assert abs(separation) < 0.02 / min(sizes)
+
+
+@pytest.mark.parametrize("dims", [1, 8, 4096])
+def test_separation_is_the_distance_per_dimension_at_every_width_and_scale(dims: int) -> None:
+    generator = torch.Generator().manual_seed(dims)
+    y = torch.arange(max(600, 20_000 // dims)) % 2
+    z = torch.randn(len(y), dims, generator=generator) + 2.0 * y[:, None]
+    scale = torch.logspace(-3, 3, dims)
+    separation = layer_separations({"a": z * scale}, torch.zeros(len(y), 2), y)["a"]
+    assert float(separation) == pytest.approx(2.0**2 / 8, rel=0.05)
+
+
+def test_separation_of_a_dead_layer_is_nan_and_a_dead_dimension_does_not_count() -> None:
+    z, logits, y = batch(9, 40, 3, 4)
+    dead = torch.cat([z, torch.full((40, 2), 3.0)], dim=1)
+    whole, part, none = layer_separations({"a": z, "b": dead, "c": dead[:, 3:]}, logits, y).values()
+    torch.testing.assert_close(whole, part)
+    assert math.isnan(none)
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on an Apple GPU, no operation may make float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float64]
+        assert not made, func
+        return out
+
+
+def test_float32_inputs_need_no_float64() -> None:
+    z, logits, y = batch(10, 60, 5, 4)
+    features = {"a": z, "b": z[:, :2].half()}
+    with NoFloat64():
+        layer_overlaps(features, logits, y, backend="reference")
+        layer_separations(features, logits, y, backend="reference")
+        linear_probe(z, y, z, y)
+        report(features, logits, y, train=(features, y), before=logits, backend="reference")
+
+
+@pytest.fixture
+def other_default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("other_default_device")
+def test_the_default_device_does_not_matter() -> None:
+    with torch.device("cpu"):
+        y = torch.arange(60) % 4
+        z, logits = torch.randn(60, 5), torch.randn(60, 4)
+    features = {"a": z}
+    written = report(features, logits, y, train=(features, y), before=logits, backend="reference")
+    assert 0 <= written["layers"]["a"]["probe"] <= 1
+    assert written["layers"]["a"]["separation"] is not None
+    assert not layer_separations(features, logits, y, backend="reference")["a"].isnan()
 
 
 def test_most_confused_pair_is_the_one_with_most_softmax_mass_between_it() -> None:
@@ -130,6 +207,19 @@ def test_probe_survives_a_dead_dimension_and_more_dimensions_than_samples() -> N
     assert linear_probe(x, y, x, y) == 1.0
 
 
+def test_probe_in_float32_is_that_of_float64_on_features_that_are_nearly_dependent() -> None:
+    generator = torch.Generator().manual_seed(11)
+    y = torch.arange(400) % 5
+    factors = torch.randn(400, 3, generator=generator) + y[:, None].eq(torch.arange(3)) * 2
+    x = factors @ torch.randn(3, 200, generator=generator)
+    x = x + 1e-2 * torch.randn(400, 200, generator=generator)
+    train, test = slice(0, 200), slice(200, 400)
+    probes = [
+        linear_probe(z[train], y[train], z[test], y[test], ridge=1e-6) for z in (x, x.double())
+    ]
+    assert probes[0] == probes[1] > 0.25
+
+
 def test_probe_solves_the_ridge_problem() -> None:
     generator = torch.Generator().manual_seed(7)
     y = torch.randint(3, (40,), generator=generator)
@@ -155,6 +245,7 @@ Z, LOGITS, Y = batch(8, 6, 3, 4)
         (lambda: layer_overlaps({}, LOGITS, Y), ValueError, "features"),
         (lambda: layer_overlaps({"a": Z[:5]}, LOGITS, Y), ValueError, "features\\['a'\\]"),
         (lambda: layer_overlaps({"a": Z}, LOGITS, Y, top_m=0), ValueError, "top_m"),
+        (lambda: layer_separations({"a": Z}, LOGITS, Y, top_m=0), ValueError, "top_m"),
         (lambda: top_confusing_pairs(LOGITS, Y[:5]), ValueError, "targets"),
         (lambda: top_confusing_pairs(LOGITS, Y, 0), ValueError, "count"),
         (lambda: pair_error_rate(LOGITS, Y, Y), ValueError, "predictions"),

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from cwbr_fused.diagnostics import report, write_report, write_tensorboard
+from cwbr_fused.diagnostics.images import thumbnails
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-needs_matplotlib = pytest.mark.skipif(not MATPLOTLIB, reason="needs matplotlib")
-VOID = {"meta", "br"}
+EXTRA = MATPLOTLIB and importlib.util.find_spec("jinja2") is not None
+needs_extra = pytest.mark.skipif(not EXTRA, reason="needs matplotlib and Jinja2")
+METHODS = (("cross-entropy", 0), ("$CWBR_{", 100))
+VOID = {"meta", "br", "img"}
 HOSTILE_NAMES = ["<b>&", "\"quoted'", "<script>alert(1)</script>", "木/未", "$x$_{y", ""]
 HOSTILE_LAYERS = ["<i>&layer", "_hidden.0"]
 
@@ -34,8 +37,8 @@ def some_report(step: int | None = None, **options: Any) -> dict[str, Any]:
     features = dict(zip(HOSTILE_LAYERS, (z, z[:, :2]), strict=True))
     norms = {"ce_norm": 1.0, "reg_norm": 0.0, "cosine": -0.25}
     gradients = {HOSTILE_LAYERS[0]: norms}
-    fixed: dict[str, Any] = {"class_names": HOSTILE_NAMES, "gradients": gradients, "step": step}
-    return report(features, logits, y, train=(features, y), **fixed, **options)
+    usual: dict[str, Any] = {"class_names": HOSTILE_NAMES, "gradients": gradients, "step": step}
+    return report(features, logits, y, train=(features, y), **usual | options)
 
 
 class Page(HTMLParser):
@@ -65,7 +68,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        self.texts.append(data.strip())
 
 
 def page(tmp_path: Path, what: Any, **options: Any) -> tuple[str, Page]:
@@ -75,6 +78,7 @@ def page(tmp_path: Path, what: Any, **options: Any) -> tuple[str, Page]:
     return text, Page(text)
 
 
+@needs_extra
 def test_page_parses_and_shows_every_pair_and_layer_with_its_name_escaped(tmp_path: Path) -> None:
     what = some_report()
     text, parsed = page(tmp_path, what)
@@ -86,13 +90,16 @@ def test_page_parses_and_shows_every_pair_and_layer_with_its_name_escaped(tmp_pa
     assert "<script" not in text
 
 
+@needs_extra
 def test_page_reaches_for_nothing_outside_itself(tmp_path: Path) -> None:
     images = {k: torch.rand(3, 8, 8) for k in range(6)}
     text, parsed = page(tmp_path, [some_report(0), some_report(5)], images=images)
-    assert not re.search(r"https?:|//|@import|src=|href=", re.sub(r'url\("data:[^"]*"\)', "", text))
-    assert not {"link", "script", "iframe", "img"} & set(parsed.tags)
+    without_data = re.sub(r'(url\(|src=)"data:[^"]*"', "", text)
+    assert not re.search(r"https?:|//|@import|src=|href=", without_data)
+    assert not {"link", "script", "iframe"} & set(parsed.tags)
 
 
+@needs_extra
 def test_page_draws_each_image_once_and_only_those_of_shown_classes(tmp_path: Path) -> None:
     asked = []
 
@@ -106,55 +113,85 @@ def test_page_draws_each_image_once_and_only_those_of_shown_classes(tmp_path: Pa
     assert text.count("data:image/png") == 2
 
 
-def decoded(tmp_path: Path, image: Tensor) -> Tensor:
-    """The image of class 1 as it stands in the page, read by matplotlib: (H, W, 3) in [0, 255]."""
+def decoded(image: Tensor) -> Tensor:
+    """The image as a page holds it, read by matplotlib: (H, W, 3) in [0, 255]."""
     from matplotlib.image import imread
 
-    what = some_report(pairs=torch.tensor([[1, 2]]))
-    text, _ = page(tmp_path, what, images={1: image})
-    found = re.search(r"data:image/png;base64,([^\"]+)", text)
-    assert found
-    png = base64.b64decode(found[1], validate=True)
-    return torch.from_numpy(imread(io.BytesIO(png), format="png") * 255).round()
+    from cwbr_fused.diagnostics.page import png_url
+
+    url = png_url(thumbnails({1: image}, [1])[1])
+    png = base64.b64decode(url.removeprefix("data:image/png;base64,"), validate=True)
+    return torch.from_numpy(imread(io.BytesIO(png), format="png")[..., :3] * 255).round()
 
 
-@needs_matplotlib
+@needs_extra
 @pytest.mark.parametrize("channels", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
-def test_images_keep_their_pixels(tmp_path: Path, channels: int | None, dtype: torch.dtype) -> None:
+def test_images_keep_their_pixels(channels: int | None, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (channels or 1, 7, 5), generator=generator, dtype=torch.uint8)
     image = pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
-    shown = decoded(tmp_path, image if channels else image[0])
+    shown = decoded(image if channels else image[0])
     assert (shown - pixels.expand(3, -1, -1).permute(1, 2, 0)).abs().max() <= (dtype != torch.uint8)
 
 
-@needs_matplotlib
-def test_normalized_images_are_stretched_and_large_ones_shrunk(tmp_path: Path) -> None:
+@needs_extra
+def test_normalized_images_are_stretched_and_large_ones_shrunk() -> None:
     ramp = torch.linspace(-2, 3, 6).expand(4, 6)
     expected = torch.tensor([0, 51, 102, 153, 204, 255.0])
-    assert torch.equal(decoded(tmp_path, ramp)[..., 0], expected.expand(4, 6))
-    assert decoded(tmp_path, torch.rand(3, 400, 200)).shape == (96, 48, 3)
+    assert torch.equal(decoded(ramp)[..., 0], expected.expand(4, 6))
+    assert decoded(torch.rand(3, 400, 200)).shape == (96, 48, 3)
     broken = torch.tensor([[0.0, float("nan")], [1.0, float("inf")]])
-    assert decoded(tmp_path, broken)[..., 0].tolist() == [[0, 0], [255, 0]]
-    assert (decoded(tmp_path, torch.full((2, 2), 7.0)) == 0).all()
+    assert decoded(broken)[..., 0].tolist() == [[0, 0], [255, 0]]
+    assert (decoded(torch.full((2, 2), 7.0)) == 0).all()
 
 
-def test_history_is_drawn_over_its_steps(tmp_path: Path) -> None:
-    history = [some_report(step) for step in (0, 10, 30)]
-    text, parsed = page(tmp_path, history)
-    tips = [t for t in parsed.texts if ", step 30: " in t]
-    expected = f"accuracy, step 30: {100 * history[-1]['accuracy']:.4g}"
-    assert expected in tips
-    rho = history[-1]["layers"][HOSTILE_LAYERS[0]]["rho"]
-    assert f"{HOSTILE_LAYERS[0]}, step 30: {rho:.4g}" in tips
-    assert parsed.tags.count("svg") == 8
-    assert "NaN" not in text
-    assert "nan" not in re.findall(r' d="([^"]*)"', text)
-    single, _ = page(tmp_path, history[-1])
-    assert "<svg" not in single
+def drawn(histories: Any) -> Any:
+    """The overview."""
+    from cwbr_fused.diagnostics.arguments import checked_histories
+    from cwbr_fused.diagnostics.figure import overview
+
+    return overview(checked_histories(histories), {})
 
 
+def panels(histories: Any) -> dict[str, Any]:
+    """The axes of the overview by title."""
+    return {ax.get_title(): ax for ax in drawn(histories).axes}
+
+
+@needs_extra
+@pytest.mark.parametrize("layer", HOSTILE_LAYERS)
+def test_overlap_of_each_layer_and_method_is_drawn_over_the_steps(layer: str) -> None:
+    histories = {name: [some_report(k + shift) for k in (0, 10, 30)] for name, shift in METHODS}
+    ax = panels(histories)[f"overlap, {layer}"]
+    for line, history in zip(ax.lines, histories.values(), strict=True):
+        steps, values = line.get_data()
+        assert list(steps) == [r["step"] for r in history]
+        assert list(values) == [r["layers"][layer]["overlap"] for r in history]
+        low, high = ax.get_ylim()
+        assert max(values) - min(values) > (high - low) / 4  # a change is seen
+    assert ax.get_xlabel() == "step"
+    assert ax.get_ylabel() == "per dimension"
+
+
+@needs_extra
+def test_gradient_that_cwbr_added_is_drawn_for_each_layer() -> None:
+    norms = {"ce_norm": 4.0, "reg_norm": 3.0, "cosine": 0.5}
+    what = some_report(2, gradients=dict.fromkeys(HOSTILE_LAYERS, norms))
+    by_title = panels(what)
+    assert [bar.get_height() for bar in by_title["gradient added by CWBR"].patches] == [75, 75]
+    assert "gradient added by CWBR" not in panels(some_report(2, gradients=None))
+
+
+@needs_extra
+def test_single_report_has_no_charts_over_steps_and_undefined_numbers_no_panel() -> None:
+    by_title = panels(some_report(3))
+    assert "accuracy" not in by_title
+    assert "linear probe" in by_title
+    assert "separation of the pairs" not in panels(without_numbers())
+
+
+@needs_extra
 def test_pairs_that_change_over_time_are_pointed_out(tmp_path: Path) -> None:
     fixed = {"pairs": torch.tensor([[0, 1], [2, 3]])}
     steady, _ = page(tmp_path, [some_report(0, **fixed), some_report(1, **fixed)])
@@ -164,15 +201,11 @@ def test_pairs_that_change_over_time_are_pointed_out(tmp_path: Path) -> None:
     assert warning not in steady
 
 
+@needs_extra
 def test_reports_that_went_through_json_write_the_same_page(tmp_path: Path) -> None:
     history = [some_report(0), some_report(1)]
     loaded = json.loads(json.dumps(history, allow_nan=False))
     assert page(tmp_path, loaded)[0] == page(tmp_path, history)[0]
-
-
-def test_names_may_be_given_when_written(tmp_path: Path) -> None:
-    _, parsed = page(tmp_path, some_report(), class_names=[f"bird {k}" for k in range(6)])
-    assert {f"bird {k}" for k in range(6)} <= set(parsed.texts)
 
 
 def without_numbers() -> dict[str, Any]:
@@ -180,12 +213,13 @@ def without_numbers() -> dict[str, Any]:
     return report({"a": torch.randn(4, 3)}, torch.randn(4, 2), torch.zeros(4).long(), step=3)
 
 
+@needs_extra
 def test_page_of_no_pairs_says_so(tmp_path: Path) -> None:
     _, parsed = page(tmp_path, without_numbers())
     assert any("fewer than two classes" in text for text in parsed.texts)
 
 
-@needs_matplotlib
+@needs_extra
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_picture_is_written_whatever_the_names(tmp_path: Path, steps: int) -> None:
@@ -196,42 +230,41 @@ def test_picture_is_written_whatever_the_names(tmp_path: Path, steps: int) -> No
     assert imread(tmp_path / "report.PNG", format="png").std() > 0.02
 
 
-@needs_matplotlib
-def test_picture_names_every_layer_and_numbers_classes_it_cannot_write() -> None:
-    from cwbr_fused.diagnostics.arguments import shown_names
-    from cwbr_fused.diagnostics.figure import overview
-
-    history = [some_report(0), some_report(1)]
-    names = shown_names(history[-1], ["\U0010fffd", "finch"] + ["a name too long to be shown"] * 4)
-    figure = overview(history, names, {})
-    texts = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert "class 0" in texts
-    assert "finch" in texts
-    assert "a name …be shown" in texts
-    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
-    assert legends
-    assert all(
-        [text.get_text() for text in legend.get_texts()]
-        == HOSTILE_LAYERS[: len(legend.get_texts())]
-        for legend in legends
-    )
+@needs_extra
+def test_picture_numbers_classes_it_cannot_write_and_shortens_long_names() -> None:
+    names = ["\U0010fffd", "finch"] + ["a name too long to be shown"] * 4
+    figure = drawn(some_report(0, class_names=names, pairs=torch.tensor([[0, 1], [2, 3]])))
+    texts = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert {"class 0", "finch", "a name t… be shown"} <= texts
 
 
-WITHOUT_MATPLOTLIB = """
+@needs_extra
+def test_picture_is_a_slide() -> None:
+    layers = {f"layer{k}": torch.randn(60, 4) for k in range(4)}
+    y = torch.arange(60) % 6
+    history = [
+        report(layers, torch.randn(60, 6), y, train=(layers, y), step=step) for step in (0, 1)
+    ]
+    width, height = drawn(history).get_size_inches()
+    assert 1.4 < width / height < 1.9
+
+
+WITHOUT_EXTRA = """
 import sys
+import cwbr_fused
 import torch
 from cwbr_fused.diagnostics import report, write_report, write_tensorboard
 what = report({"a": torch.randn(8, 3)}, torch.randn(8, 2), torch.arange(8) % 2, step=1)
-write_report(sys.argv[1] + "/report.html", what, images={0: torch.rand(4, 4)})
-assert not {m for m in sys.modules if m.split(".")[0] in ("matplotlib", "PIL", "tensorboard")}
+assert not {m for m in sys.modules if m.split(".")[0] in ("matplotlib", "jinja2", "tensorboard")}
 
 sys.modules["matplotlib"] = None  # as if it were not installed
-try:
-    write_report(sys.argv[1] + "/report.png", what)
-except ImportError as error:
-    assert "pip install matplotlib" in str(error)
-else:
-    raise AssertionError
+for name in ("/report.png", "/report.html"):
+    try:
+        write_report(sys.argv[1] + name, what)
+    except ImportError as error:
+        assert "cwbr_fused[report]" in str(error)
+    else:
+        raise AssertionError
 
 class Writer:
     def add_scalar(self, *args): pass
@@ -242,12 +275,11 @@ write_tensorboard(Writer(), what)
 """
 
 
-def test_page_and_events_need_no_other_package(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_MATPLOTLIB, str(tmp_path)]
+def test_reports_and_events_need_no_other_package_and_files_name_the_extra(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTRA, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "report.html").exists()
-    assert not (tmp_path / "report.png").exists()
+    assert not list(tmp_path.iterdir())
 
 
 class Writer:
@@ -293,7 +325,8 @@ def test_step_of_the_call_goes_before_that_of_the_report() -> None:
 
 def test_names_cannot_break_the_table_of_pairs() -> None:
     writer = Writer()
-    write_tensorboard(writer, some_report(1), class_names=["a|b", "<img>", "c\nd", "*e*", "f", "g"])
+    names = ["a|b", "<img>", "c\nd", "*e*", "f", "g"]
+    write_tensorboard(writer, some_report(1, class_names=names))
     lines = writer.texts["cwbr/pairs"].splitlines()
     assert len(lines) == 2 + 15
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
@@ -335,12 +368,8 @@ REPORT = some_report(3)
             ValueError,
             "report\\[0\\]\\['step'\\]",
         ),
-        (
-            lambda p: write_report(p / "a.html", REPORT, class_names=["x"]),
-            ValueError,
-            "class_names",
-        ),
-        (lambda p: write_report(p / "a.html", REPORT, class_names="x"), TypeError, "class_names"),
+        (lambda p: write_report(p / "a.html", {}), ValueError, "report"),
+        (lambda p: write_report(p / "a.html", {"x": 3}), TypeError, "report\\['x'\\]"),
         (lambda p: write_report(p / "a.html", REPORT, images=3), TypeError, "images"),
         (lambda p: write_report(p / "a.html", REPORT, images={0: 3}), TypeError, "images\\[0\\]"),
         (

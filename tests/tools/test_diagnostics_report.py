@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import cwbr_fused
 from cwbr_fused.diagnostics import (
     layer_overlaps,
+    layer_separations,
     linear_probe,
     pair_error_rate,
     report,
@@ -49,11 +50,13 @@ def test_numbers_of_one_pair_are_those_computed_by_hand() -> None:
     assert pair["error_rate"] == result["error_rate"] == pytest.approx(1 / 6)
     assert pair["error_rate_before"] == result["error_rate_before"] == pytest.approx(2 / 6)
     of_pair, layer = pair["layers"]["layer"], result["layers"]["layer"]
-    bound = math.sqrt(2 / 6 * 4 / 6) * rho
-    for key, value in (("distance", distance), ("rho", rho), ("bayes_bound", bound)):
+    # 4^2 less the variances of the means, 2 / 2 and (4 / 3) / 4, over the variance within the
+    # classes, (2 * 1 + 4 * 1) / (1 + 3), and over 8.
+    separation = (16 - 1 - 1 / 3) / 1.5 / 8
+    expected = {"distance": distance, "rho": rho, "separation": separation}
+    for key, value in {**expected, "overlap": math.exp(-separation)}.items():
         assert of_pair[key] == layer[key] == pytest.approx(value, rel=1e-5)
     assert layer["dims"] == 1
-    assert layer["distance_per_dim"] == pytest.approx(distance, rel=1e-5)
     assert layer["underflow"] == 0
     assert result["samples"] == 6
     assert result["classes"] == 2
@@ -80,8 +83,10 @@ def test_numbers_are_those_of_the_single_measures_and_of_float64_formulas() -> N
     assert [pair["error_rate"] for pair in result["pairs"]] == pytest.approx(errors.tolist())
     assert result["error_rate"] == pytest.approx(float(errors.mean()))
     overlaps = layer_overlaps(features, logits, y, top_m=5)
+    separations = layer_separations(features, logits, y, top_m=5)
     for layer, vectors in (("map", z), ("vector", z[:, :2])):
         measures = result["layers"][layer]
+        assert measures["separation"] == pytest.approx(float(separations[layer]), rel=1e-4)
         assert measures["rho"] == pytest.approx(float(overlaps[layer]), rel=1e-5)
         probe = linear_probe(vectors[:50], y[:50], vectors, y)
         assert measures["probe"] == probe
@@ -115,33 +120,6 @@ def test_overlaps_that_underflow_in_float32_keep_their_value() -> None:
     assert result["layers"]["a"]["underflow"] == 0.5
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (40, 40), (5, 10), (2, 30)])
-def test_distance_floor_is_what_identical_gaussian_classes_read(sizes: tuple[int, int]) -> None:
-    generator = torch.Generator().manual_seed(sum(sizes))
-    y = torch.arange(2).repeat_interleave(torch.tensor(sizes))
-    z = 5 + 3 * torch.randn(len(y), 40_000, generator=generator)
-    layer = report({"a": z}, torch.zeros(len(y), 2), y)["layers"]["a"]
-    assert layer["distance"] == pytest.approx(layer["distance_floor"], rel=0.02)
-
-
-def test_two_classes_of_two_samples_have_no_finite_floor() -> None:
-    result = report({"a": torch.randn(4, 3)}, torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
-    assert result["layers"]["a"]["distance_floor"] is None
-
-
-def test_bound_holds_for_the_best_classifier_of_diagonal_gaussians() -> None:
-    generator = torch.Generator().manual_seed(1)
-    y = (torch.rand(20_000, generator=generator) < 0.3).long()
-    mean = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0]])
-    std = torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 1.0]])
-    z = mean[y] + std[y] * torch.randn(20_000, 3, generator=generator)
-    log_likelihood = torch.distributions.Normal(mean, std).log_prob(z[:, None]).sum(2)
-    posterior = log_likelihood + torch.tensor([0.7, 0.3]).log()
-    result = report({"a": z}, posterior, y)
-    bayes_error = result["error_rate"]
-    assert 0.1 < bayes_error < result["layers"]["a"]["bayes_bound"] < 2 * bayes_error
-
-
 def test_pairs_may_be_picked_elsewhere() -> None:
     z, logits, y = batch(2, 80, 4, 6)
     pairs = torch.tensor([[4, 1], [0, 5]])
@@ -166,9 +144,9 @@ def test_gradients_are_reported_by_layer_and_what_else_is_measured_is_ignored() 
     z, logits, y = batch(4, 40, 4, 4)
     measured = {"ce_norm": 2.0, "reg_norm": torch.tensor(0.5), "cosine": math.nan, "ratio": 0.2}
     layers = report({"a": z, "b": z}, logits, y, gradients={"b": measured})["layers"]
-    keys = ("ce_norm", "reg_norm", "cosine")
-    assert [layers["b"][key] for key in keys] == [2.0, 0.5, None]
-    assert [layers["a"][key] for key in keys] == [None, None, None]
+    keys = ("ce_norm", "reg_norm", "cosine", "share")
+    assert [layers["b"][key] for key in keys] == [2.0, 0.5, None, 0.25]
+    assert [layers["a"][key] for key in keys] == [None] * 4
     assert "ratio" not in layers["b"]
 
 
@@ -185,6 +163,7 @@ def test_gradients_may_be_the_health_of_cwbr() -> None:
     assert layer["ce_norm"] > 0
     assert layer["reg_norm"] > 0
     assert -1 <= layer["cosine"] <= 1
+    assert layer["share"] == pytest.approx(layer["reg_norm"] / layer["ce_norm"])
 
 
 def test_what_is_undefined_or_not_finite_is_none_and_json_can_write_it() -> None:
