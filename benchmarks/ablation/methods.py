@@ -127,7 +127,7 @@ class PairBank:
         for name, layer in features.items():
             leaf = layer.detach().requires_grad_()
             z = cwbr_fused.to_vec(leaf)
-            bank = self.banks.setdefault(name, ClassBank(self.classes, z.shape[1], 0.7))
+            bank = self.banks.setdefault(name, ClassBank(self.classes, z.shape[1]))
             seen, mean = bank.count > 0, class_means(z)
             scatter = class_means((z.detach() - mean.detach()[inverse]).square())
             weight_of_move, _ = bank.observe(classes, size, mean.detach(), scatter)
@@ -142,7 +142,7 @@ class PairBank:
                 objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
                 (pull,) = torch.autograd.grad(objective, leaf)
                 hook_on(layer, pull)
-            bank.follow(classes, weight_of_move, mean.detach())
+            bank.follow(classes, weight_of_move, mean.detach(), momentum=0.7)
         return ce
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.reference import accumulation_dtype
 from cwbr_fused.operations.reference_bank import floored
 
 # The moving average of the variances; about how many updates they remember is 1 / (1 - this).
@@ -27,9 +29,10 @@ class ClassBank(nn.Module):
     Args:
         num_classes: C.
         dims: D.
-        momentum: how much of a mean is kept when its class occurs again.
+        factory: device and dtype.
 
-    Buffers, float32 (float64 after `.double()`):
+    Buffers, float32 (float64 after `.double()`; `.half()` and `.bfloat16()` leave them as they
+    are, since what they sum up would be lost):
         mean: (C, D).
         count: (C,) samples seen of each class.
         var: (D,), 0 until a class occurs for the second time.
@@ -41,13 +44,22 @@ class ClassBank(nn.Module):
     var: Tensor
     updates: Tensor
 
-    def __init__(self, num_classes: int, dims: int, momentum: float, **factory: Any) -> None:
+    def __init__(self, num_classes: int, dims: int, **factory: Any) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(num_classes, dims, **factory))
         self.register_buffer("count", torch.zeros(num_classes, **factory))
         self.register_buffer("var", torch.zeros(dims, **factory))
         self.register_buffer("updates", torch.zeros((), **factory))
+
+    def is_empty(self) -> bool:
+        """Whether it has seen no sample; waits for the device."""
+        return self.count.is_meta or not bool(self.count.any())
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forgets everything."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def metric(self) -> Tensor:
         """(D,) the variances with a floor, all > 0; 1 while there are none."""
@@ -81,9 +93,25 @@ class ClassBank(nn.Module):
         return results
 
     def follow(
-        self, classes: Tensor, weight: Tensor, mean: Tensor, backend: str = "reference"
+        self,
+        classes: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        momentum: float,
+        backend: str = "reference",
     ) -> None:
-        """Moves the means towards those of the batch, with the weights that `observe` returned."""
-        OPERATIONS[backend].follow_classes(
-            self.mean, self.count, classes, weight, mean, self.momentum
-        )
+        """Moves the means towards those of the batch, with the weights that `observe` returned.
+
+        Args:
+            momentum: how much of a mean is kept when its class occurs again.
+        """
+        OPERATIONS[backend].follow_classes(self.mean, self.count, classes, weight, mean, momentum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassBank:
+        def in_accumulation_dtype(buffer: Tensor) -> Tensor:
+            changed = fn(buffer)
+            sufficient = accumulation_dtype(changed.dtype) == changed.dtype
+            return changed if sufficient else buffer.to(changed.device)
+
+        super()._apply(in_accumulation_dtype, recurse)
+        return self

@@ -1,10 +1,11 @@
 """The recommended regularizer: pull to the own class, push from confused ones, in balance.
 
     cwbr = CWBR(num_classes)
+    features = cwbr.catch(model, ["layer3", "layer4"])
     ...
     logits = model(images)
     ce = cross_entropy(logits, targets)
-    cwbr(catcher.feats, logits, targets)      # between forward and backward
+    cwbr(features, logits, targets)      # between forward and backward
     ce.backward()
 
 How it differs from the published form (`cwbr_fused.loss`), which is silent on wide layers and
@@ -25,7 +26,7 @@ harmful on narrow ones:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,9 +35,11 @@ from torch import Tensor, nn
 
 from cwbr_fused.balanced.balance import Balance
 from cwbr_fused.balanced.bank import ClassBank
-from cwbr_fused.balanced.taps import Tap
+from cwbr_fused.balanced.banks import Banks
+from cwbr_fused.balanced.record import EXPLANATIONS, Reason, Record
+from cwbr_fused.balanced.taps import Catchers, register_hook
 from cwbr_fused.inputs import soft_targets, validation
-from cwbr_fused.inputs.features import FeatureCatcher, find_layer
+from cwbr_fused.inputs.features import FeatureCatcher
 from cwbr_fused.inputs.pooling import Spread, spread, to_vec
 from cwbr_fused.operations import backends, distributed
 from cwbr_fused.operations.autograd import OPERATIONS
@@ -48,8 +51,6 @@ if TYPE_CHECKING:
 
 # Soft targets update the means of classes whose weights in the batch sum to this much.
 LEAST_SOFT_WEIGHT = 0.5
-# Backward passes without a gradient at a feature before the warning; one may be skipped on purpose.
-MISSES_BEFORE_WARNING = 3
 
 
 class Pooled(NamedTuple):
@@ -84,8 +85,9 @@ class CWBR(nn.Module):
             DistributedDataParallel N processes x B/N samples then train as one process x B.
             All must call the module, and `backward`, at every step.
 
-    The banks are buffers, made at the first call for each layer and kept in the state_dict: layer
-    "layer3.0" has `banks.layer3/0.mean` and so on. In `eval()` mode, and under `no_grad`, the
+    The banks are made at the first call for each layer, and saved, loaded, moved and converted with
+    the module: layer "layer3.0" has `banks.layer3/0.mean` and so on in the state_dict. A state
+    without banks, as that of a new module, empties them. In `eval()` mode, and under `no_grad`, the
     module only measures.
     """
 
@@ -112,22 +114,22 @@ class CWBR(nn.Module):
         self.ratio, self.push = ratio, push
         self.momentum, self.pool = momentum, pool
         self.backend, self.group = backend, group
-        self.banks = nn.ModuleDict()
-        self._balances: dict[str, Balance] = {}
-        self._misses: dict[str, int] = {}
-        self._taps: dict[str, Tap] = {}
+        self.banks = Banks(num_classes)
+        self._records: dict[str, Record] = {}
+        self._catchers = Catchers()
 
     def forward(
         self,
-        features: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+        features: FeatureCatcher | Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         logits: Tensor,
         targets: Tensor,
     ) -> Tensor:
         """Arranges for the gradient, updates the banks, and returns the energy for logging.
 
         Args:
-            features: a tensor, a sequence or a mapping of layer outputs *through which the loss
-                flows*: what the model itself goes on with, not a copy or a pooled view of it.
+            features: what `catch` returned; or a tensor, a sequence or a mapping of layer outputs
+                *through which the loss flows*: what the model itself goes on with, not a copy or a
+                pooled view of it.
             logits: (B, C).
             targets: (B,) integer classes, or (B, C) soft targets >= 0 (mixup, CutMix), of which the
                 two largest of each row count.
@@ -151,13 +153,13 @@ class CWBR(nn.Module):
         layers = validation.named_layers(features, logits)
         backend = backends.resolve(self.backend, logits.device.type)
         pooled = {name: self._pooled(name, layer) for name, layer in layers.items()}
-        banks = {name: self._bank(name, z) for name, (_, z) in pooled.items()}
+        banks = {name: self.banks.of(name, z, layers) for name, (_, z) in pooled.items()}
         vectors = [_vector(z, banks[name]) for name, (_, z) in pooled.items()]
         seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
         index, coefficient, own = self._coefficients(backend, logits.detach(), targets, seen)
         train = self.training and torch.is_grad_enabled()
         if train:
-            self._warn_of_misses()
+            reasons = self._reasons(layers)
             classes, size, moments = self._moments(backend, vectors, targets, processes)
             ratio = self.ratio * self._mean(own, processes)
 
@@ -174,36 +176,31 @@ class CWBR(nn.Module):
             )
             energies.append(energy.sum() / max(z.numel(), 1))
             if train:
-                bank.follow(classes, weight, mean, backend)
+                bank.follow(classes, weight, mean, self.momentum, backend)
+                if reasons[name] in ("no graph", "too late"):
+                    continue
                 # Its length does not matter; without units it fits in half precision.
                 pull = self._spread(pooled[name], pull * var.mean().sqrt())
-                balance = Balance(pull, ratio, processes, self._balances.get(name))
-                self._lay_ready(name, layers[name], balance)
+                balance = Balance(pull, ratio, self._records[name], processes)
+                register_hook(layers[name], balance, logits)
         return torch.stack(energies).mean()
 
-    def catch(self, model: nn.Module, layers: Sequence[str]) -> FeatureCatcher:
-        """Catches features of a model so that CWBR acts on it also when it is compiled.
+    def catch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> FeatureCatcher:
+        """Catches features of a model, to be passed to this module, also when it is compiled.
 
-        Taps go behind the layers, before their other forward hooks, and a `FeatureCatcher` behind
-        the taps. Call it before the compiled model is first called; of a compiled model the names
-        of the original are meant.
+        The model gets forward hooks and nothing else; `remove` of the catcher takes them away. Call
+        it before the compiled model is first called; of a compiled model, or one in
+        DistributedDataParallel, the names of the original are meant.
 
         Args:
             model: where to look the layers up.
-            layers: dotted names of modules in it, each with one tensor as output.
-
-        Returns:
-            The catcher, whose `feats` are to be passed to this module; `remove` leaves the taps,
-            which then do nothing.
+            layers: dotted names of modules in it, patterns such as "layer*", or the modules.
 
         Raises:
-            TypeError, ValueError: as `FeatureCatcher`, which then leaves the model as it was.
+            TypeError, ValueError: as `FeatureCatcher`, which then leaves the model as it was; or a
+                layer of that name of another model is being caught by this module.
         """
-        catcher = FeatureCatcher(model, layers)
-        for name in layers:
-            self._taps[name] = Tap()
-            find_layer(model, name).register_forward_hook(self._taps[name], prepend=True)
-        return catcher
+        return self._catchers.add(model, layers)
 
     def health(self) -> dict[str, dict[str, float]]:
         """What the latest backward pass met at each layer; waits for the device.
@@ -213,8 +210,8 @@ class CWBR(nn.Module):
             of what was added; "cosine" between the two, measured in the first two of every 16
             backward passes. Layers that no gradient reached are absent.
         """
-        balances = {name: b for name, b in self._balances.items() if b.norms is not None}
-        return {name: b.numbers() for name, b in balances.items()}
+        numbers = {name: record.numbers() for name, record in self._records.items()}
+        return {name: n for name, n in numbers.items() if n}
 
     def extra_repr(self) -> str:
         return (
@@ -222,19 +219,31 @@ class CWBR(nn.Module):
             f"confusions={self.confusions}, momentum={self.momentum}, backend={self.backend!r}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CWBR:
+        super()._apply(fn, recurse)
+        self.banks.apply(fn)
+        return self
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those of the banks; a module that contains this one does not list them."""
+        for layer, bank in self.banks.items():
+            start = f"{prefix}." if prefix else ""
+            yield from bank.named_buffers(f"{start}banks.{layer}", recurse, remove_duplicate)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.banks.save(destination, f"{prefix}banks.", keep_vars)
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Makes the banks that the state has, so that a fresh module can take them."""
-        start, end = f"{prefix}banks.", ".mean"
-        for name, mean in state_dict.items():
-            if name.startswith(start) and name.endswith(end):
-                key = name.removeprefix(start).removesuffix(end)
-                if key not in self.banks:
-                    classes, dims = mean.shape
-                    factory = {"dtype": mean.dtype, "device": mean.device}
-                    self.banks[key] = ClassBank(classes, dims, self.momentum, **factory)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        start = f"{prefix}banks."
+        own = {name: value for name, value in state_dict.items() if name.startswith(start)}
+        rest = {name: value for name, value in state_dict.items() if name not in own}
+        super()._load_from_state_dict(rest, prefix, *args, **kwargs)
+        self.banks.load(own, start, *args, **kwargs)
 
     def _processes(self) -> ProcessGroup | None:
         if self.group is None:
@@ -269,25 +278,6 @@ class CWBR(nn.Module):
         if isinstance(self.pool, partial) and self.pool.func is to_vec and not self.pool.args:
             return self.pool.keywords
         return None
-
-    def _bank(self, name: str, z: Tensor) -> ClassBank:
-        key = name.replace(".", "/")
-        if key not in self.banks:
-            self.banks[key] = ClassBank(
-                self.num_classes,
-                z.shape[1],
-                self.momentum,
-                dtype=accumulation_dtype(z.dtype),
-                device=z.device,
-            )
-        bank = self.banks[key]
-        assert isinstance(bank, ClassBank)
-        if bank.mean.shape[1] != z.shape[1] or bank.mean.device != z.device:
-            raise ValueError(
-                f"{name}: expected D = {bank.mean.shape[1]} on {bank.mean.device}, as at the first "
-                f"call, got D = {z.shape[1]} on {z.device}"
-            )
-        return bank
 
     def _coefficients(
         self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
@@ -335,27 +325,22 @@ class CWBR(nn.Module):
             return own.mean()
         return distributed.mean_over_samples(own, processes)
 
-    def _lay_ready(self, name: str, layer: Tensor, balance: Balance) -> None:
-        """Puts the gradient where the backward pass will come by."""
-        self._balances[name] = balance
-        if name in self._taps:
-            self._taps[name].balance = balance
-        elif layer.requires_grad:
-            layer.register_hook(balance)
-
-    def _warn_of_misses(self) -> None:
-        for name, balance in self._balances.items():
-            self._misses[name] = 0 if balance.norms is not None else 1 + self._misses.get(name, 0)
-            if self._misses[name] == MISSES_BEFORE_WARNING:
-                warnings.warn(
-                    f"CWBR has no effect on {name}: no gradient of the loss reached it in "
-                    f"{MISSES_BEFORE_WARNING} steps. Pass the very tensor that the model goes on "
-                    "with (FeatureCatcher does), not a copy or a pooled view of it, and call CWBR "
-                    "before backward(). If the model is compiled, catch its features by "
-                    "CWBR.catch().",
-                    CWBRWarning,
-                    stacklevel=5,  # the caller of the module
-                )
+    def _reasons(self, layers: Mapping[str, Tensor]) -> dict[str, Reason | None]:
+        """Why this call has no effect on a layer, or the latest ones had none; says so once."""
+        reasons: dict[str, Reason | None] = {}
+        news: dict[Reason, list[str]] = {}
+        for name, layer in layers.items():
+            record = self._records.setdefault(name, Record())
+            reasons[name] = reason = record.reason(layer)
+            if reason is not None and record.is_news(reason):
+                news.setdefault(reason, []).append(name)
+        for reason, names in news.items():
+            warnings.warn(
+                f"CWBR has no effect on {', '.join(names)}: {EXPLANATIONS[reason]}",
+                CWBRWarning,
+                stacklevel=5,  # the caller of the module
+            )
+        return reasons
 
 
 def _vector(z: Tensor, bank: ClassBank) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from cwbr_fused.inputs.layers import find_layers, listed
 
 
 class FeatureCatcher:
@@ -36,7 +38,8 @@ class FeatureCatcher:
     - Of a layer whose output the model then changes in place, as torchvision's residual blocks
       change that of `bn2`, the changed output.
 
-    A copied or unpickled model has no live hooks; a copied or unpickled catcher is empty.
+    Copied or pickled together with its model, as parts of one module, a catcher goes on catching. A
+    model copied without its catcher keeps nothing; a catcher copied without its model is dead.
 
     `torch.compile`: add the layers *before the compiled model is first called*. The hooks are then
     part of its graph, `fullgraph=True` included. A layer that is added later is missing until
@@ -50,24 +53,27 @@ class FeatureCatcher:
 
     Args:
         model: where to look `layers` up.
-        layers: dotted names of modules in `model`; each feature bears that name.
+        layers: dotted names of modules in `model`, patterns of names such as `"layer*"`, or modules
+            of it; each feature bears the name.
 
     Raises:
         TypeError, ValueError: as `add_by_name`; or `layers` without `model` or reversed.
     """
 
-    def __init__(self, model: nn.Module | None = None, layers: Iterable[str] = ()) -> None:
-        self._slots: dict[str, _Slot] = {}
+    def __init__(
+        self, model: nn.Module | None = None, layers: Iterable[str | nn.Module] = ()
+    ) -> None:
+        self._slots: dict[str, Slot] = {}
         self._handles: dict[str, RemovableHandle] = {}
-        if isinstance(layers, str):
-            raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
-        names = list(layers)
-        if (model is None) != (not names):
+        if isinstance(layers, str | nn.Module):
+            raise TypeError(f"layers: expected a sequence of names, got {layers!r}")
+        wanted = list(layers)
+        if (model is None) != (not wanted):
             raise ValueError("model and layers go together: FeatureCatcher(model, ['layer4', ...])")
         if model is not None:
             try:
-                for name in names:
-                    self.add_by_name(model, name)
+                for name, module in find_layers(model, wanted).items():
+                    self.add(module, name)
             except Exception:
                 self.remove()
                 raise
@@ -93,14 +99,14 @@ class FeatureCatcher:
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
         if name in self._handles:
-            raise ValueError(f"name {name!r} is already in use; layers: {_list(self._handles)}")
+            raise ValueError(f"name {name!r} is already in use; layers: {listed(self._handles)}")
         is_container = isinstance(module, nn.ModuleList | nn.ModuleDict)
         if is_container and type(module).forward is nn.Module.forward:
             raise ValueError(
                 f"module {name!r} is a {type(module).__name__}, which is never called; "
                 "add one of its members"
             )
-        slot = _Slot(name)
+        slot = self._slot(name)
         self._slots.pop(name, None)  # left by a removed layer of that name
         self._slots[name] = slot
         self._handles[name] = module.register_forward_hook(slot)
@@ -115,25 +121,36 @@ class FeatureCatcher:
             TypeError: `model` is no `nn.Module`.
             ValueError: no such layer (the error lists those with similar names), or as `add`.
         """
-        return self.add(find_layer(model, name), name)
+        for found, module in find_layers(model, [name]).items():
+            self.add(module, found)
+        return self
 
     @property
     def feats(self) -> Features:
         """The features of the layers that ran since the last `clear`, in the order of
         `add`: a new dict, name -> tensor. A name that is not in it raises `KeyError`."""
-        caught = {n: s.output for n, s in self._slots.items() if s.output is not None}
-        return Features(caught, tuple(self._handles))
+        outputs = {name: slot.caught() for name, slot in self._slots.items()}
+        caught = {name: output for name, output in outputs.items() if output is not None}
+        missing = [name for name in self._handles if name not in caught]
+        dead = [name for name in missing if not _is_live(self._handles[name])]
+        return Features(caught, tuple(self._handles), tuple(dead))
 
     def clear(self) -> None:
         """Forget the features, hence free the memory; the hooks stay."""
         for slot in self._slots.values():
-            slot.output = None
+            slot.clear()
 
     def remove(self) -> None:
         """Remove the hooks; the features stay until `clear`. May be called twice."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+    def names_shared_with_other_models(self, other: FeatureCatcher) -> list[str]:
+        """Layers that both catch under one name, of which each has a module of its own."""
+        hooks = {n: h.hooks_dict_ref() for n, h in self._handles.items() if _is_live(h)}
+        theirs = {name: handle.hooks_dict_ref() for name, handle in other._handles.items()}
+        return [name for name in hooks.keys() & theirs.keys() if hooks[name] is not theirs[name]]
 
     def __enter__(self) -> FeatureCatcher:
         return self
@@ -146,60 +163,106 @@ class FeatureCatcher:
     ) -> None:
         self.remove()
 
-    def __reduce__(self) -> tuple[type[FeatureCatcher], tuple[()]]:
-        return FeatureCatcher, ()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for slot in self._slots.values():
+            slot.awake = True
 
     def __repr__(self) -> str:
-        return f"FeatureCatcher(layers: {_list(self._handles)}; caught: {_list(self.feats)})"
+        return (
+            f"{type(self).__name__}(layers: {listed(self._handles)}; caught: {listed(self.feats)})"
+        )
+
+    def _slot(self, name: str) -> Slot:
+        return Slot(name)
 
 
 class Features(dict[str, Tensor]):
-    """A dict of features by layer name; its `KeyError` says which layers did run."""
+    """A dict of features by layer name; its `KeyError` says which layers did run.
 
-    def __init__(self, caught: Mapping[str, Tensor], hooked: tuple[str, ...]) -> None:
+    Args:
+        caught: the features.
+        hooked: all layers that should have run.
+        dead: those of them whose module is gone.
+    """
+
+    def __init__(
+        self, caught: Mapping[str, Tensor], hooked: tuple[str, ...], dead: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(caught)
-        self._hooked = hooked
+        self._hooked, self._dead = hooked, dead
 
     def __missing__(self, name: str) -> Tensor:
         if name not in self._hooked:
-            raise KeyError(f"layer {name!r} is not hooked; layers hooked: {_list(self._hooked)}")
-        raise KeyError(
-            f"layer {name!r} has not run since it was added or cleared; layers that ran: "
-            f"{_list(self)}. If the compiled model was called before the layer was added, "
-            "call torch.compiler.reset()"
+            raise KeyError(f"layer {name!r} is not hooked; layers hooked: {listed(self._hooked)}")
+        raise KeyError(self._why_missing([name]))
+
+    def check_complete(self) -> None:
+        """Raises a ValueError if a hooked layer has no feature."""
+        missing = [name for name in self._hooked if name not in self]
+        if missing or not self:
+            raise ValueError(f"features: {self._why_missing(missing)}")
+
+    def _why_missing(self, names: list[str]) -> str:
+        dead = [name for name in names if name in self._dead]
+        if dead or not self._hooked:
+            what = f"the module of {listed(dead)} is gone" if dead else "no layer is caught"
+            return (
+                f"{what}: it was replaced after it was caught (convert_sync_batchnorm, adapters, "
+                "quantization), or the catcher was copied without its model. Call catch() again, "
+                f"on the model as it is now; layers that ran: {listed(self)}"
+            )
+        return (
+            f"layer {listed(names)} has not run since it was added or cleared; layers that ran: "
+            f"{listed(self)}. A forward may pass a layer by (fast paths, an auxiliary head that is "
+            "off, checkpointing that calls forward() instead of the module). If the compiled model "
+            "was called before the layer was added, call torch.compiler.reset()"
         )
 
 
-class _Slot:
+class Slot:
     """The forward hook of one layer, and its latest output.
 
     Writing an attribute, not a shared dict, leaves `torch.compile` no state to guard on, so
-    whether the features were cleared never causes a recompilation.
+    whether the features were cleared never causes a recompilation. A copy sleeps until a copy of
+    the catcher wakes it, so that a model copied alone keeps nothing.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, awake: bool = True) -> None:
+        self.name, self.awake = name, awake
         self.output: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a recomputation inside a backward pass, whose output nobody would clear
-        self.output = _first_tensor(output, self.name)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> object:
+        """Keeps the output; returns what the model goes on with, None for the same."""
+        if not self.awake or is_recomputing():
+            return None
+        self.output = first_tensor(output, self.name)
+        return None
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _no_hook, ()
+    def caught(self) -> Tensor | None:
+        """The latest output since `clear`."""
+        return self.output
+
+    def clear(self) -> None:
+        """Forgets it."""
+        self.output = None
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[str, bool]]:
+        return type(self), (self.name, False)
 
 
-def _no_hook() -> Callable[..., None]:
-    """What a copied or unpickled model has in place of its original's hooks."""
-    return _ignore
+def is_recomputing() -> bool:
+    """Whether this is a forward inside a backward pass, whose output nobody would clear."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _ignore(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-    return None
+def _is_live(handle: RemovableHandle) -> bool:
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
 
 
-def _first_tensor(output: object, name: str) -> Tensor:
+def first_tensor(output: object, name: str) -> Tensor:
+    """The output of a layer, or the first tensor in it."""
     if isinstance(output, Tensor):
         return output
     parts: Iterable[object] = ()
@@ -216,25 +279,16 @@ def _first_tensor(output: object, name: str) -> Tensor:
     )
 
 
-def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module of that dotted name; an error names those with similar names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(name, str):
-        raise TypeError(f"a layer name must be a string, got {type(name).__name__}")
-    # torch.compile wraps a module; its layers keep their names.
-    modules: dict[str, nn.Module] = {
-        path.replace("_orig_mod.", ""): module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path and not path.endswith("_orig_mod")
-    }
-    if name in modules:
-        return modules[name]
-    similar = difflib.get_close_matches(name, modules, n=5)
-    top = [path for path in modules if "." not in path]
-    hint = f"did you mean {_list(similar)}?" if similar else f"top-level layers: {_list(top)}"
-    raise ValueError(f"{type(model).__name__} has no layer {name!r}; {hint}")
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """The output of a layer with `tensor` in place of the first one in it."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed[next(k for k, v in output.items() if isinstance(v, Tensor))] = tensor
+        return changed
+    first = next(i for i, part in enumerate(output) if isinstance(part, Tensor))
+    parts = [tensor if i == first else part for i, part in enumerate(output)]
+    if hasattr(output, "_make"):  # a named tuple
+        return output._make(parts)
+    return type(output)(parts)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cwbr_fused.inputs.features import FeatureCatcher, Features
 from cwbr_fused.inputs.pooling import to_vec
 
 OBJECTIVES = ("overlap", "log_overlap")
@@ -212,9 +213,13 @@ def feature_vectors(
 
 
 def named_layers(
-    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
+    features: FeatureCatcher | Tensor | Sequence[Tensor] | Mapping[str, Tensor], logits: Tensor
 ) -> dict[str, Tensor]:
     """The layers by name: keys of a mapping, indices of a sequence, "features" for a tensor."""
+    if isinstance(features, FeatureCatcher):
+        features = features.feats
+    if isinstance(features, Features):
+        features.check_complete()
     if isinstance(features, Tensor):
         named = {"features": ("features", features)}
     elif isinstance(features, Mapping):

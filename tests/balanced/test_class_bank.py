@@ -9,9 +9,11 @@ from cwbr_fused.balanced.bank import ClassBank
 from cwbr_fused.operations import reference_bank
 
 
-def learn(bank: ClassBank, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor) -> None:
+def learn(
+    bank: ClassBank, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor, momentum: float
+) -> None:
     weight, _ = bank.observe(classes, size, mean, var)
-    bank.follow(classes, weight, mean)
+    bank.follow(classes, weight, mean, momentum)
 
 
 def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
@@ -53,11 +55,10 @@ def test_ties_go_to_the_smaller_class_and_missing_candidates_are_marked() -> Non
 
 
 def test_bank_averages_first_and_then_follows() -> None:
-    bank = ClassBank(3, 1, momentum=0.75)
+    bank = ClassBank(3, 1)
     for value in (1.0, 2.0, 3.0, 4.0, 8.0):
-        learn(
-            bank, torch.tensor([1]), torch.tensor([1]), torch.tensor([[value]]), torch.zeros(1, 1)
-        )
+        one = torch.tensor([1])
+        learn(bank, one, one, torch.tensor([[value]]), torch.zeros(1, 1), momentum=0.75)
     average = (1 + 2 + 3 + 4) / 4
     torch.testing.assert_close(bank.mean[1, 0].item(), average + 0.25 * (8 - average))
     assert bank.mean[[0, 2]].eq(0).all()
@@ -66,27 +67,27 @@ def test_bank_averages_first_and_then_follows() -> None:
 
 def test_bank_variance_approaches_that_within_the_classes() -> None:
     generator = torch.Generator().manual_seed(0)
-    bank = ClassBank(2, 3, momentum=0.9)
+    bank = ClassBank(2, 3)
     sigma, centres = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[-50.0], [50.0]])
     for _ in range(400):
         samples = centres + sigma * torch.randn(2, 3, generator=generator)
-        learn(bank, torch.arange(2), torch.ones(2), samples, torch.zeros(2, 3))
+        learn(bank, torch.arange(2), torch.ones(2), samples, torch.zeros(2, 3), momentum=0.9)
     # About a mean that moves by a tenth: larger by 1 + 0.1 / 1.9.
     torch.testing.assert_close(bank.var / sigma**2, torch.full((3,), 1.05), rtol=0.35, atol=0)
 
 
 def test_moments_whose_squares_overflow_change_nothing() -> None:
-    bank = ClassBank(2, 2, momentum=0.5)
+    bank = ClassBank(2, 2)
     ordinary = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2)
     for mean, var in (ordinary, (torch.full((1, 2), 1e19), torch.zeros(1, 2)), ordinary):
-        learn(bank, torch.tensor([0]), torch.tensor([1]), mean, var)
+        learn(bank, torch.tensor([0]), torch.tensor([1]), mean, var, momentum=0.5)
     assert bank.count.tolist() == [2, 0]
     assert bank.mean[0].tolist() == [1, 2]
     assert bank.var.tolist() == [1, 1]
 
 
 def test_distances_are_euclidean_while_no_variance_is_known() -> None:
-    bank = ClassBank(2, 3, momentum=0.5)
+    bank = ClassBank(2, 3)
     assert bank.metric().tolist() == [1, 1, 1]
     bank.var.copy_(torch.tensor([0.0, 2.0, 4.0]))
     torch.testing.assert_close(bank.metric(), torch.tensor([0.002, 2.002, 4.002]))

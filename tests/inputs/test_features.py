@@ -258,8 +258,8 @@ def test_a_constructor_that_fails_leaves_no_hook_behind() -> None:
 
 
 def test_a_layer_that_did_not_run_is_named_with_those_that_did(x: Tensor) -> None:
-    model = mlp()
-    catcher = FeatureCatcher(model, ["0", "1"]).add(nn.Identity(), "idle")
+    model, idle = mlp(), nn.Identity()
+    catcher = FeatureCatcher(model, ["0", "1"]).add(idle, "idle")
     model(x)
     with pytest.raises(KeyError, match=r"'idle' has not run.*layers that ran: '0', '1'"):
         catcher.feats["idle"]
