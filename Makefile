@@ -127,9 +127,9 @@ ablation: $(READY)
 gpu-report: $(READY)
 	$(PY) -m benchmarks.gpu_report
 
-# Tests, times, memory and a CUDA graph of both GPU backends; needs a GPU.
+# Everything that only a GPU can show, in ten minutes; needs a GPU. Without one: --rehearse.
 gpu-check: $(READY)
-	$(PY) -m benchmarks.gpu_check
+	$(PY) benchmarks/gpu_check.py --out runs/gpu_check
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist runs *.egg-info cwbr_fused/_C*.so cwbr_fused/_cuda*.so
