@@ -31,7 +31,7 @@ from benchmarks import measure
 from benchmarks.measure import ROOT
 
 WORKLOADS = (
-    "plain 8x4",
+    "8x4",
     "CUB ResNet-50",
     "iNat-18 ViT-B",
     "Herbarium Swin-B",

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 import cwbr_fused
-from benchmarks.workloads import EPS, Inputs
+from benchmarks.workloads import Inputs
 from cwbr_fused.operations.autograd import OPERATIONS
-
-# Rows of a batch that meet the bank at once: with a few bank rows each they fit a cache.
-BLOCK_ROWS = 32
 
 
 def fused(inputs: Inputs, backend: str) -> Tensor:
@@ -27,67 +24,9 @@ def fused(inputs: Inputs, backend: str) -> Tensor:
     if workload.kind == "cwbr":
         return _attraction(inputs, backend)
     assert inputs.weights is not None
-    if workload.kind == "pairs":
-        return cwbr_fused.functional.bhat_confusion_loss(
-            inputs.means[0], inputs.vars[0], inputs.weights, top_m=None, backend=backend
-        )
-    return _bank(inputs, inputs.weights, backend)
-
-
-def _bank(inputs: Inputs, weights: Tensor, backend: str) -> Tensor:
-    """The largest columns of a row by the operation that finds the largest logits."""
-    everything = torch.ones(inputs.workload.classes, dtype=torch.bool, device=weights.device)
-    columns, *_ = OPERATIONS[backend].top_confusions(
-        weights, inputs.targets, everything, inputs.workload.top_m
+    return cwbr_fused.functional.bhat_confusion_loss(
+        inputs.means[0], inputs.vars[0], inputs.weights, top_m=None, backend=backend
     )
-    chosen = weights.gather(1, columns)
-    share = chosen / chosen.sum().clamp(min=EPS)
-    layers = zip(inputs.means, inputs.vars, inputs.bank_means, inputs.bank_vars, strict=True)
-    with_gradient = torch.is_grad_enabled()
-    values = [
-        _BankOverlap.apply(*layer, columns, share, backend, with_gradient) for layer in layers
-    ]
-    return torch.stack(values).mean()
-
-
-class _BankOverlap(torch.autograd.Function):
-    """`sum(share exp(-D))` over the pairs of a batch row and a bank row of a layer.
-
-    Bank rows have no gradient, and need stay no longer than their pairs' gradients take: a block of
-    the batch's rows is joined by its bank rows, and the gradient comes with the value.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, *others: Any) -> Tensor:
-        bank_mean, bank_var, columns, share, backend, with_gradient = others
-        operations = OPERATIONS[backend]
-        block, per_row = min(BLOCK_ROWS, len(mean)), columns.shape[1]
-        moments = mean.new_empty(2, block * (1 + per_row), mean.shape[1])
-        position = torch.arange(block * per_row, device=mean.device)
-        block_pairs = torch.stack([position // per_row, position + block], 1)
-        value: Tensor = mean.new_zeros(())
-        gradients = []
-        for first in range(0, len(mean), block):
-            rows = slice(first, first + block)
-            bank_rows = columns[rows].flatten()
-            count = len(mean[rows])
-            for joined, own, bank in zip(moments, (mean, var), (bank_mean, bank_var), strict=True):
-                joined[:count] = own[rows]
-                torch.index_select(bank, 0, bank_rows, out=joined[block : block + len(bank_rows)])
-            pairs = block_pairs[: len(bank_rows)]
-            overlap = share[rows].flatten() * torch.exp(
-                -operations.pair_distance(*moments, pairs, EPS)
-            )
-            value = value + overlap.sum()
-            if with_gradient:
-                both = operations.pair_distance_backward(-overlap, *moments, pairs, EPS)
-                gradients.append([gradient[:count] for gradient in both])
-        ctx.gradients = [torch.cat(of_blocks) for of_blocks in zip(*gradients, strict=True)]
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(gradient * grad for gradient in ctx.gradients), *(None,) * 6
 
 
 class _Attraction(torch.autograd.Function):

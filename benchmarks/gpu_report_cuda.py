@@ -19,10 +19,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from benchmarks import markdown
 
 # Kernel, or kernel and what its template argument does: the operation, its direction, the threads
 # of a block, and the bytes of shared memory asked for at launch in float32 and in float64.
@@ -260,17 +262,14 @@ def rows(library: Path) -> Iterator[Row]:
 
 def table(report: list[Row]) -> str:
     """The rows as Markdown."""
-    names = [field.name for field in fields(Row)]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in report:
-        cells = []
-        for name in names:
-            value = getattr(row, name)
-            cells.append(
-                "" if value is None else f"{value:.2f}" if isinstance(value, float) else value
-            )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return markdown.table(
+        [field.name for field in fields(Row)],
+        [[cell(value) for value in astuple(row)] for row in report],
+    ).rstrip()
 
 
 if __name__ == "__main__":

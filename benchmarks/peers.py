@@ -53,7 +53,7 @@ def _overlap(d: Tensor, weights: Tensor, chosen: Chosen | None) -> Tensor:
     return _weighted(d, weights) if chosen is None else _weighted(d[chosen], weights[chosen])
 
 
-def plain(x: Gaussians, y: Gaussians, weights: Tensor, chosen: Chosen | None) -> Tensor:
+def eager(x: Gaussians, y: Gaussians, weights: Tensor, chosen: Chosen | None) -> Tensor:
     """A (K, K, D) tensor per operation, then the chosen pairs."""
     return _overlap(distance(take(x, (slice(None), None)), take(y, None)), weights, chosen)
 
@@ -154,27 +154,6 @@ def pairs(inputs: Inputs, overlap: Overlap) -> Tensor:
     return overlap(x, x, inputs.weights.triu(1), None)
 
 
-def bank(inputs: Inputs, overlap: Overlap) -> Tensor:
-    """The batch's classes against the bank's most confused ones, the mean over layers."""
-    assert inputs.weights is not None
-    chosen = most_confused(inputs)
-    moments = zip(inputs.means, inputs.vars, inputs.bank_means, inputs.bank_vars, strict=True)
-    values = [
-        overlap(gaussians(mean, var), gaussians(bank_mean, bank_var), inputs.weights, chosen)
-        for mean, var, bank_mean, bank_var in moments
-    ]
-    return torch.stack(values).mean()
-
-
-def most_confused(inputs: Inputs) -> Chosen:
-    """The `top_m` columns of largest weight in each row: row and column indices."""
-    assert inputs.weights is not None
-    assert inputs.workload.top_m is not None
-    columns = inputs.weights.topk(inputs.workload.top_m, dim=1).indices
-    rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
-    return rows.flatten(), columns.flatten()
-
-
 def attraction(inputs: Inputs) -> Tensor:
     """`CWBR`'s energy as its docstring has it, every class seen: the mean over samples and layers.
 
@@ -199,6 +178,5 @@ def attraction(inputs: Inputs) -> Tensor:
 AROUND: dict[str, Callable[[Inputs, Overlap], Tensor]] = {
     "loss": loss,
     "pairs": pairs,
-    "bank": bank,
     "cwbr": lambda inputs, overlap: attraction(inputs),
 }

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import matplotlib
 
+from benchmarks.markdown import insert_table
 from benchmarks.measure import ROOT
-from benchmarks.providers import PLAIN
+from benchmarks.providers import EAGER
 from benchmarks.results import FOLDER, Results
-from benchmarks.tables import Numbers, insert_table, readme_table, report
+from benchmarks.tables import Numbers, readme_table, report
 from benchmarks.workloads import SWEEP, SWEEP_DIMS, SWEEP_GROUPS
 
 matplotlib.use("Agg")
@@ -23,8 +24,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 LABELS = {
-    PLAIN: "plain PyTorch",
-    "plain compiled": "torch.compile",
+    EAGER: "eager PyTorch",
+    "eager compiled": "torch.compile",
     "chunked": "row chunks",
     "chunked checkpoint": "checkpointed",
     "keops": "KeOps",

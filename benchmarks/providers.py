@@ -16,10 +16,8 @@ from benchmarks.fused import fused
 from benchmarks.workloads import Inputs, Workload
 from cwbr_fused import backends
 
-PLAIN = "plain"
-KINDS = ("loss", "pairs", "bank", "cwbr")
-# Where pairs are chosen among many.
-CHOOSING = ("loss", "bank")
+EAGER = "eager"
+KINDS = ("loss", "pairs", "cwbr")
 # Of the value, and of gradients relative to their largest entry.
 TOLERANCE = 1e-4
 # The check of an all-pairs workload weights so many pairs: its truth then costs M x D.
@@ -74,25 +72,21 @@ def _keops_missing() -> str | None:
 
 
 def table(device: str) -> dict[str, Provider]:
-    """All providers by name, plain first; those that cannot run here say why in `missing`."""
+    """All providers by name, eager first; those that cannot run here say why in `missing`."""
 
     steady = device == "cpu"
 
     def compiled(overlap: peers.Overlap) -> Callable[[Inputs], Tensor]:
         return torch.compile(partial(peer, overlap=overlap), dynamic=False)
 
-    of_all = partial(Provider, kinds=("loss", "pairs", "bank"))
-    of_chosen = partial(Provider, kinds=CHOOSING, chosen_only=True)
+    of_all = partial(Provider, kinds=("loss", "pairs"))
+    of_chosen = partial(Provider, kinds=("loss",), chosen_only=True)
     providers = [
-        Provider(PLAIN, partial(peer, overlap=peers.plain), (4, 8), steady=steady),
-        Provider("plain compiled", compiled(peers.plain), (0, 2), compiled=True),
+        Provider(EAGER, partial(peer, overlap=peers.eager), (4, 8), steady=steady),
+        Provider("eager compiled", compiled(peers.eager), (0, 2), compiled=True),
         of_all("chunked", partial(peer, overlap=peers.chunked), (0, 4.2), steady=steady),
-        # Against a bank it fails: one step at C = 10,000 takes more than 12 GB.
-        Provider(
-            "chunked checkpoint",
-            partial(peer, overlap=peers.chunked_checkpoint),
-            kinds=("loss", "pairs"),
-            steady=steady,
+        of_all(
+            "chunked checkpoint", partial(peer, overlap=peers.chunked_checkpoint), steady=steady
         ),
         of_chosen("gathered", partial(peer, overlap=peers.gathered), (4, 10), steady=steady),
         of_chosen("gathered compiled", compiled(peers.gathered), (0.5, 1.2), compiled=True),

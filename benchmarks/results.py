@@ -30,7 +30,7 @@ class Row:
         mode: "forward", "backward", "step" (forward+backward), or "machine".
         metric: with its unit: time_ms, peak_extra_mb (10^6 bytes), calls, ...
         median, p20, p80: over `rounds` samples; median is None where `note` says why.
-        ratio_to_plain: median over rounds of the ratio to the plain provider, where that ran.
+        ratio_to_eager: median over rounds of the ratio to the eager provider, where that ran.
     """
 
     workload: str
@@ -40,7 +40,7 @@ class Row:
     median: float | None
     p20: float | None
     p80: float | None
-    ratio_to_plain: float | None
+    ratio_to_eager: float | None
     rounds: int
     note: str
     device: str
@@ -118,7 +118,7 @@ class Results:
             median=_number(cells["median"]),
             p20=_number(cells["p20"]),
             p80=_number(cells["p80"]),
-            ratio_to_plain=_number(cells["ratio_to_plain"]),
+            ratio_to_eager=_number(cells["ratio_to_eager"]),
             rounds=int(cells["rounds"]),
             note=cells["note"],
             device=cells["device"],
@@ -156,7 +156,7 @@ class Results:
             writer.writeheader()
             for row in self.rows.values():
                 cells = asdict(row)
-                for name in ("median", "p20", "p80", "ratio_to_plain"):
+                for name in ("median", "p20", "p80", "ratio_to_eager"):
                     if cells[name] is not None:
                         cells[name] = f"{cells[name]:.4g}"
                 writer.writerow(cells)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks import measure, memory
-from benchmarks.providers import CHOOSING, PLAIN, RUN, Checker, Provider, table
+from benchmarks.providers import EAGER, RUN, Checker, Provider, table
 from benchmarks.results import Key, Results, Row, device_name
 from benchmarks.workloads import BY_NAME, Workload, make
 
@@ -30,7 +30,7 @@ OWN = ("cwbr cuda", "cwbr cpu", "cwbr triton")
 class Session:
     """One device, number of threads and file of results.
 
-    `few` leaves out all but the plain formulas, their fastest form and this package's kernels.
+    `few` leaves out all but the eager formulas, their fastest form and this package's kernels.
     """
 
     results: Results
@@ -81,8 +81,8 @@ class Session:
 
     @staticmethod
     def _few(workload: Workload) -> tuple[str, ...]:
-        fastest = "gathered compiled" if workload.kind in CHOOSING else "plain compiled"
-        return (PLAIN, fastest, *OWN)
+        fastest = "gathered compiled" if workload.kind == "loss" else "eager compiled"
+        return (EAGER, fastest, *OWN)
 
     def done(self, workload: Workload, metric: str) -> bool:
         return self.has(workload.name, self.providers(workload), metric)
@@ -95,12 +95,11 @@ class Session:
 
         0 where there is none.
         """
-        kinds = CHOOSING if workload.kind in CHOOSING else (workload.kind,)
         known = []
         for row in self.results.rows.values():
             mine = self.key(row.workload, provider.name, mode, "time_ms") == row.key
             other = BY_NAME.get(row.workload)
-            if mine and other is not None and other.kind in kinds and row.median:
+            if mine and other is not None and other.kind == workload.kind and row.median:
                 elements = provider.elements(other)
                 if elements < provider.elements(workload):
                     known.append((elements, row.median / 1e3))
@@ -149,7 +148,7 @@ class Session:
                     rows.append(self.row(workload.name, name, mode, "time_ms", [], note=note))
             samples = measure.interleave(calls, BUDGET_SECONDS, self.device, known)
             milliseconds = {name: [s * 1e3 for s in taken] for name, taken in samples.items()}
-            base = milliseconds.get(PLAIN)
+            base = milliseconds.get(EAGER)
             rows += [
                 self.row(workload.name, name, mode, "time_ms", taken, base)
                 for name, taken in milliseconds.items()
@@ -174,7 +173,7 @@ class Session:
                     samples = [peak / 1e6]
                 except RuntimeError as failure:
                     note = f"failed: {failure}".replace("\n", " ")[-200:]
-            if name == PLAIN:
+            if name == EAGER:
                 base = samples
             rows.append(self.row(workload.name, name, "step", "peak_extra_mb", samples, base, note))
         return rows
@@ -196,7 +195,7 @@ class Session:
                 if not provider.steady:
                     RUN["step"](provider, inputs)
                 samples = [count(partial(RUN["step"], provider, inputs))]
-            if name == PLAIN:
+            if name == EAGER:
                 base = samples
             rows.append(self.row(workload.name, name, "step", "calls", samples, base, note))
         return rows

@@ -7,20 +7,21 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import operations, resnet, scaling
-from benchmarks.providers import PLAIN
+from benchmarks.markdown import table
+from benchmarks.providers import EAGER
 from benchmarks.results import Row
 from benchmarks.workloads import BY_NAME, REALISTIC, SWEEP, Workload
 
 PEERS = (
-    PLAIN,
-    "plain compiled",
+    EAGER,
+    "eager compiled",
     "chunked",
     "chunked checkpoint",
     "gathered",
     "gathered compiled",
     "keops",
 )
-# Of the report's many, with the one that a peer wins.
+# A few of the report's many.
 IN_README = (
     "8x4 three layers",
     "CUB ResNet-50",
@@ -29,7 +30,6 @@ IN_README = (
     "iNat-21 ViT-L",
     "Herbarium Swin-B",
     "shuffled DDP",
-    "bank",
     "CWBR bank",
     "CWBR landmarks",
     "pairs K=1000 D=768",
@@ -93,11 +93,6 @@ def cell(row: Row | None) -> str:
     return f"{row.median:.4g}"
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
 def sizes(workload: Workload) -> str:
     dims = (
         "+".join(map(str, workload.dims))
@@ -105,8 +100,6 @@ def sizes(workload: Workload) -> str:
         else (f"{len(workload.dims)}x{workload.dims[0]}")
     )
     pairs = "all pairs" if workload.top_m is None else f"top {workload.top_m}"
-    if workload.kind == "bank":
-        return f"{workload.groups} x {workload.classes:,}, D={dims}, {pairs} per row"
     if workload.kind == "cwbr":
         pairs += " per sample"
     return f"B={workload.batch}, C={workload.classes:,}, D={dims}, {pairs}"
@@ -137,11 +130,10 @@ def share_note(numbers: Numbers, threads: int) -> str:
     smaller = seconds_per_image(numbers, threads, resnet.SMALLER)
     check = "" if smaller is None else f" (at B={resnet.SMALLER.batch}: {smaller:.3g} s)"
     return (
-        "Of a ResNet-50 step: the regularizer's own time, measured, over that of a training step "
-        "with as many images (224 x 224, SGD, no regularizer), which is scaled: B times "
-        f"{larger:.3g} s per image, measured at B={resnet.LARGER.batch}{check}. Where a workload "
-        "starts from class moments, B is the smallest batch that has them: one image per class "
-        "against a bank, two per class where all pairs of a batch are taken.\n"
+        "Of a ResNet-50 step: the regularizer's own time over the time of a training step with as "
+        "many images (224 x 224, SGD, no regularizer). That time is B times "
+        f"{larger:.3g} s, measured per image at B={resnet.LARGER.batch}{check}. A workload of all "
+        "pairs of K classes counts as a batch of two images per class.\n"
     )
 
 
@@ -155,16 +147,16 @@ def memory_note(numbers: Numbers) -> str:
 def readme_table(numbers: Numbers) -> str:
     """Forward and backward of some workloads, those that were measured."""
     own = numbers.own()
-    columns = (PLAIN, "plain compiled", "gathered compiled", own)
+    columns = (EAGER, "eager compiled", "gathered compiled", own)
     header = ["one training step's regularizer", *columns, "of a ResNet-50 step"]
-    header += ["peak extra memory: plain", own]
+    header += ["peak extra memory: eager", own]
     lines = []
     for workload in map(BY_NAME.__getitem__, IN_README):
         times = [cell(numbers.get(workload.name, p, "step", "time_ms")) for p in columns]
         if not any(times):
             continue
         memory = [
-            cell(numbers.get(workload.name, p, "step", "peak_extra_mb")) for p in (PLAIN, own)
+            cell(numbers.get(workload.name, p, "step", "peak_extra_mb")) for p in (EAGER, own)
         ]
         if workload.kind == "pairs":
             label = f"all pairs of K={workload.groups}, D={workload.dims[0]}"
@@ -182,14 +174,14 @@ def readme_table(numbers: Numbers) -> str:
 def _comparison(numbers: Numbers, workloads: Iterable[Workload], mode: str, threads: int) -> str:
     own = numbers.own()
     names = (*PEERS, "cwbr reference", own)
-    header = ["workload", *names, "plain ÷ it"] + ["of a ResNet-50 step"] * (mode == "step")
+    header = ["workload", *names, "eager ÷ it"] + ["of a ResNet-50 step"] * (mode == "step")
     lines = []
     for workload in workloads:
         rows = [numbers.get(workload.name, p, mode, "time_ms", threads) for p in names]
         if not any(rows):
             continue  # not measured yet
         mine = rows[-1]
-        ratio = f"{1 / mine.ratio_to_plain:.3g}" if mine and mine.ratio_to_plain else ""
+        ratio = f"{1 / mine.ratio_to_eager:.3g}" if mine and mine.ratio_to_eager else ""
         shares = [share(numbers, workload, own, threads)] * (mode == "step")
         lines.append([workload.name, *map(cell, rows), ratio, *shares])
     return table(header, lines)
@@ -351,16 +343,3 @@ def report(numbers: Numbers) -> str:
         growth(numbers),
     ]
     return "\n".join(parts)
-
-
-def insert_table(readme: str, name: str, table: str) -> str:
-    """`readme` with `table` between `<!-- name:start -->` and `<!-- name:end -->`.
-
-    Raises:
-        ValueError: it lacks them.
-    """
-    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    pattern = re.compile(f"({re.escape(start)}\n).*?({re.escape(end)})", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"expected {start} and {end} once in the README")
-    return pattern.sub(lambda m: m[1] + table + m[2], readme)

@@ -16,7 +16,7 @@ from benchmarks.providers import RUN, Checker, table
 from benchmarks.workloads import BY_NAME, make
 
 QUICK = (
-    "plain 8x4",
+    "8x4",
     "CUB ResNet-50",
     "iNat-18 ViT-B",
     "CWBR bank",

@@ -1,10 +1,8 @@
 """What is measured: named problems of realistic size, made from a seed.
 
-Four kinds:
+Three kinds:
 - "loss": the whole regularizer of one training step, from features, logits and targets;
 - "pairs": one layer's overlap of all pairs of K classes, from their moments;
-- "bank": K classes of a batch against C class moments that outlive it, the `top_m` most confused
-  columns of each row of a given (K, C) matrix;
 - "cwbr": what `CWBR` adds to a step: each sample's own class and, of all C by their logits, the
   `top_m` most confused with it; the energy of each layer against a bank of class means.
 
@@ -33,12 +31,12 @@ class Workload:
         classes: C.
         samples: of each class in the batch; 0 draws the classes of a batch uniformly.
         batch: B; 0 for the kinds that start from moments.
-        top_m: pairs; pairs per row for "bank", classes per sample for "cwbr"; None for all.
+        top_m: pairs; confused classes per sample for "cwbr"; None for all.
         patient: its strongest peers may take longer: a goal or the figure needs them.
     """
 
     name: str
-    kind: Literal["loss", "pairs", "bank", "cwbr"]
+    kind: Literal["loss", "pairs", "cwbr"]
     dims: tuple[int, ...]
     groups: int
     classes: int
@@ -56,22 +54,19 @@ class Workload:
         if self.kind == "cwbr":
             assert self.top_m is not None
             return self.batch * (1 + self.top_m) * sum(self.dims)
-        columns = self.classes if self.kind == "bank" else self.groups
-        return self.groups * columns * sum(self.dims)
+        return self.groups**2 * sum(self.dims)
 
     @property
     def chosen_elements(self) -> int:
         """The same when only the chosen pairs are formed."""
         if self.top_m is None or self.kind == "cwbr":
             return self.all_elements
-        pairs = self.top_m * (self.groups if self.kind == "bank" else 1)
-        return min(pairs * sum(self.dims), self.all_elements)
+        return min(self.top_m * sum(self.dims), self.all_elements)
 
     @property
     def images(self) -> int:
-        """Of its batch; where only moments are given, of the smallest that has them: a sample per
-        class against a bank, two per class among the pairs of a batch."""
-        return self.batch or self.groups * (2 if self.kind == "pairs" else 1)
+        """Of its batch; where only moments are given, two per class, the smallest such batch."""
+        return self.batch or 2 * self.groups
 
     def shrunk(self) -> Workload:
         """The same kind of problem, small enough to run in milliseconds."""
@@ -90,10 +85,8 @@ class Workload:
 class Inputs:
     """The tensors of a problem; what its kind does not need is empty or None.
 
-    Shapes: features L x (B, D); logits (B, C); targets (B,), the classes (K,) of the rows for
-    "bank"; means, vars L x (K, D); weights (K, K) symmetric with zero diagonal for "pairs", (K, C)
-    with 0 at a row's own class for "bank"; bank_means L x (C, D); bank_vars alike for "bank", L x
-    (D,) for "cwbr".
+    Shapes: features L x (B, D); logits (B, C); targets (B,); means, vars L x (K, D); weights (K, K)
+    symmetric with zero diagonal; bank_means L x (C, D); bank_vars L x (D,).
     """
 
     workload: Workload
@@ -177,25 +170,9 @@ def make(workload: Workload, device: str = "cpu", seed: int = 0) -> Inputs:
 
     moments = [_moments(workload.groups, d, generator) for d in workload.dims]
     means, variances = (tuple(leaf(m) for m in column) for column in zip(*moments, strict=True))
-    if workload.kind == "pairs":
-        weights = torch.rand(workload.groups, workload.groups, generator=generator).triu(1)
-        weights = (weights + weights.T).to(device)
-        return Inputs(workload, means=means, vars=variances, weights=weights)
-
-    weights = (2 * torch.randn(workload.groups, workload.classes, generator=generator)).softmax(1)
-    own = torch.randperm(workload.classes, generator=generator)[: workload.groups]
-    weights[torch.arange(workload.groups), own] = 0
-    bank = [_moments(workload.classes, d, generator) for d in workload.dims]
-    bank_means, bank_vars = (tuple(m.to(device) for m in c) for c in zip(*bank, strict=True))
-    return Inputs(
-        workload,
-        targets=own.to(device),
-        means=means,
-        vars=variances,
-        weights=weights.to(device),
-        bank_means=bank_means,
-        bank_vars=bank_vars,
-    )
+    weights = torch.rand(workload.groups, workload.groups, generator=generator).triu(1)
+    weights = (weights + weights.T).to(device)
+    return Inputs(workload, means=means, vars=variances, weights=weights)
 
 
 def _bank_of_means(workload: Workload, device: str, generator: torch.Generator) -> Inputs:
@@ -227,7 +204,7 @@ def _loss(
 
 RESNET50 = (256, 512, 1024, 2048)
 REALISTIC = (
-    _loss("plain 8x4", (2048,), 8, 4, 1000, 64),
+    _loss("8x4", (2048,), 8, 4, 1000, 64),
     _loss("8x4 three layers", RESNET50[1:], 8, 4, 1000, 64),
     _loss("128x4 C=1000", (2048,), 128, 4, 1000, 64),
     _loss("128x4 C=10000", (2048,), 128, 4, 10_000, 64),
@@ -236,14 +213,12 @@ REALISTIC = (
     _loss("iNat-21 ViT-L", (1024,) * 4, 256, 4, 10_000, 1024),
     _loss("Herbarium Swin-B", (128, 256, 512, 1024), 512, 4, 15_501, 4096),
     Workload("shuffled DDP", "loss", (768,) * 4, 641, 10_000, 4096, 0, 1024),
-    Workload("bank", "bank", (768,) * 4, 64, 10_000, top_m=8),
-    Workload("landmarks", "bank", (512,), 128, 81_313, top_m=32),
     Workload("CWBR bank", "cwbr", (768,) * 4, 256, 10_000, 256, top_m=5),
     Workload("CWBR landmarks", "cwbr", (512,), 128, 81_313, 128, top_m=5),
 )
 SWEEP_DIMS = (768, 2048, 256)
 SWEEP_GROUPS = (64, 200, 500, 1000, 2000, 5000)
-# K and D that goals are set for, and the largest for the plain formulas in the figure.
+# K and D that goals are set for, and the largest for the eager formulas in the figure.
 PATIENT = ((200, 2048), (1000, 768), (1000, 2048), (500, 768))
 SWEEP = tuple(
     Workload(f"pairs K={k} D={d}", "pairs", (d,), k, k, patient=(k, d) in PATIENT)

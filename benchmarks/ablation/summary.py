@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.ablation.methods import METHODS
-from benchmarks.tables import insert_table
+from benchmarks.markdown import insert_table
 from cwbr_fused.diagnostics import pair_error_rate
 
 README = Path(__file__).parents[2] / "README.md"

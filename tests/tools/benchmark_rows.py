@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.providers import PLAIN
+from benchmarks.providers import EAGER
 from benchmarks.results import Row
 
 
-def row(workload: str = "w", provider: str = PLAIN, **changed: object) -> Row:
+def row(workload: str = "w", provider: str = EAGER, **changed: object) -> Row:
     whole = Row(
         workload, provider, "step", "time_ms", 1.0, 0.9, 1.2, 1.0, 5, "", "cpu", 1, "2", "abc"
     )

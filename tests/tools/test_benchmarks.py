@@ -17,7 +17,7 @@ import torch
 from benchmark_rows import row
 
 from benchmarks import compare, machine, measure, operations, peers, resnet, scaling
-from benchmarks.providers import PLAIN, Checker, Provider, peer, table
+from benchmarks.providers import EAGER, Checker, Provider, peer, table
 from benchmarks.results import Results, Row, default_path
 from benchmarks.run import Unit, run
 from benchmarks.session import Session
@@ -28,7 +28,7 @@ PROVIDERS = {
     for name, provider in table("cpu").items()
     if provider.missing is None and not provider.compiled
 }
-SMALL = {w.kind: w for w in (BY_NAME[n].shrunk() for n in ("CUB ResNet-50", "bank"))}
+SMALL = {"loss": BY_NAME["CUB ResNet-50"].shrunk()}
 SMALL["shuffled"] = BY_NAME["shuffled DDP"].shrunk()
 SMALL["cwbr"] = BY_NAME["CWBR bank"].shrunk()
 SMALL["pairs"] = BY_NAME["pairs K=64 D=256"].shrunk()
@@ -58,7 +58,7 @@ def test_truth_of_all_pairs_is_the_literal_formula() -> None:
     assert inputs.weights is not None
     d = oracle.distance(inputs.means[0], inputs.vars[0], EPS)
     expected = oracle.layer_loss(d, inputs.weights, None, EPS)
-    torch.testing.assert_close(peer(inputs, peers.plain), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(peer(inputs, peers.eager), expected, rtol=1e-10, atol=0)
 
 
 def test_truth_of_the_bank_of_means_is_the_energy_sample_by_sample() -> None:
@@ -73,7 +73,7 @@ def test_truth_of_the_bank_of_means_is_the_energy_sample_by_sample() -> None:
             energy = ((x - mean[own]) ** 2 / (2 * var)).sum()
             energy = energy - sum(p * ((x - mean[c]) ** 2 / (2 * var)).sum() for p, c in others)
             energies.append(energy / z.shape[1])
-    value = peer(inputs, peers.plain)
+    value = peer(inputs, peers.eager)
     torch.testing.assert_close(value, torch.stack(energies).mean(), rtol=1e-10, atol=0)
 
 
@@ -92,13 +92,6 @@ def test_keops_is_right() -> None:
     assert checker.complaint(chosen, "step") is None
 
 
-@pytest.mark.skipif("cwbr cpu" not in PROVIDERS, reason="the cpu kernels are not built")
-@pytest.mark.parametrize("groups", [1, 31, 70])
-def test_a_bank_of_any_number_of_rows_is_right(groups: int) -> None:
-    workload = replace(SMALL["bank"], groups=groups, classes=80, top_m=3)
-    assert Checker(make(workload)).complaint(PROVIDERS["cwbr cpu"]) is None
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_provider_is_right(kind: str, provider: str) -> None:
@@ -114,7 +107,7 @@ def test_a_wrong_value_or_gradient_or_a_failure_is_noted_and_never_timed(session
     def failing(inputs: object) -> torch.Tensor:
         raise RuntimeError("no such kernel")
 
-    right = partial(peer, overlap=peers.plain)
+    right = partial(peer, overlap=peers.eager)
     wrong = {
         "wrong value": Provider("wrong value", lambda i: right(i) * 1.001),
         "wrong gradient": Provider(
@@ -123,17 +116,17 @@ def test_a_wrong_value_or_gradient_or_a_failure_is_noted_and_never_timed(session
         ),
         "fails": Provider("fails", failing),
     }
-    rows = session.time(SMALL["loss"], {PLAIN: PROVIDERS[PLAIN], **wrong})
+    rows = session.time(SMALL["loss"], {EAGER: PROVIDERS[EAGER], **wrong})
     steps = {r.provider: r for r in rows if r.mode == "step"}
-    assert steps[PLAIN].median is not None
-    assert steps[PLAIN].ratio_to_plain == 1
+    assert steps[EAGER].median is not None
+    assert steps[EAGER].ratio_to_eager == 1
     for name in wrong:
         assert steps[name].median is None
         assert steps[name].note.startswith("failed" if name == "fails" else "wrong")
 
 
 def test_rows_have_every_field_and_survive_the_file(session: Session) -> None:
-    rows = session.time(SMALL["pairs"], {PLAIN: PROVIDERS[PLAIN]})
+    rows = session.time(SMALL["pairs"], {EAGER: PROVIDERS[EAGER]})
     session.results.add(rows)
     header = session.results.path.read_text().splitlines()[0].split(",")
     assert header == [field.name for field in fields(Row)]
@@ -149,29 +142,30 @@ def test_rows_have_every_field_and_survive_the_file(session: Session) -> None:
 
 def test_what_cannot_fit_or_finish_is_a_row_that_says_so(session: Session) -> None:
     large = BY_NAME["pairs K=1000 D=2048"]
-    plain = PROVIDERS[PLAIN]
-    assert "out of memory by prediction: 65.5 GB" in str(session.objection(plain, large, "step"))
+    eager = PROVIDERS[EAGER]
+    assert "out of memory by prediction: 65.5 GB" in str(session.objection(eager, large, "step"))
     checkpoint = PROVIDERS["chunked checkpoint"]
     assert session.objection(checkpoint, large, "step") is None
     device = session.device_name
     slow = row("pairs K=500 D=2048", checkpoint.name, median=8000.0, device=device)
     session.results.add([slow])
     assert session.objection(checkpoint, large, "step") == "too slow by prediction: 32 s"
-    assert session.memory(large, {PLAIN: plain})[0].note.startswith("out of memory")
+    assert session.memory(large, {EAGER: eager})[0].note.startswith("out of memory")
 
 
-def test_a_bank_is_predicted_by_the_whole_loss_and_all_pairs_are_not(session: Session) -> None:
-    compiled = table("cpu")["plain compiled"]
-    smaller = row("Herbarium Swin-B", compiled.name, median=4000.0, device=session.device_name)
+def test_a_workload_is_predicted_by_smaller_ones_of_its_kind_alone(session: Session) -> None:
+    compiled = table("cpu")["eager compiled"]
+    smaller = row("128x4 C=1000", compiled.name, median=500.0, device=session.device_name)
     session.results.add([smaller])
-    assert session.predicted_seconds(compiled, BY_NAME["bank"], "step") == pytest.approx(15.6, 0.01)
+    larger = BY_NAME["Herbarium Swin-B"]  # 512^2 pairs of 1920 dimensions, not 128^2 of 2048
+    assert session.predicted_seconds(compiled, larger, "step") == pytest.approx(7.5)
     assert session.predicted_seconds(compiled, BY_NAME["pairs K=5000 D=768"], "step") == 0
 
 
 def test_the_memory_limit_is_a_share_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch, session: Session
 ) -> None:
-    of_all, large = PROVIDERS[PLAIN], BY_NAME["pairs K=500 D=768"]  # 6.1 GB
+    of_all, large = PROVIDERS[EAGER], BY_NAME["pairs K=500 D=768"]  # 6.1 GB
     monkeypatch.setattr(measure, "available_bytes", lambda _: 10e9)
     assert replace(session).objection(of_all, large, "step") is None
     monkeypatch.setattr(measure, "available_bytes", lambda _: 8e9)
@@ -183,7 +177,7 @@ def test_the_memory_limit_is_a_share_of_what_is_left(
 def test_what_a_goal_is_set_for_may_take_longer_and_only_its_strongest_peers(
     session: Session,
 ) -> None:
-    goal, compiled = BY_NAME["pairs K=1000 D=2048"], table("cpu")["plain compiled"]
+    goal, compiled = BY_NAME["pairs K=1000 D=2048"], table("cpu")["eager compiled"]
     checkpoint = PROVIDERS["chunked checkpoint"]
     assert goal.patient
     for provider in (compiled, checkpoint):
@@ -212,7 +206,7 @@ def test_a_second_run_skips_what_is_done_and_another_commit_starts_again(tmp_pat
             done.append(name)
             return [mine]
 
-        return Unit(name, session, partial(session.has, name, [PLAIN], "time_ms"), measured)
+        return Unit(name, session, partial(session.has, name, [EAGER], "time_ms"), measured)
 
     first = Results(path, "abc")
     assert run([unit("a", first)], first, limit=1)
@@ -275,13 +269,13 @@ def test_spread_and_ratio_of_known_samples() -> None:
     assert measure.ratio([2, 6, 4], [1, 2, 4]) == 2
 
 
-def test_with_several_threads_only_plain_its_fastest_form_and_kernels_are_timed(
+def test_with_several_threads_only_eager_its_fastest_form_and_kernels_are_timed(
     session: Session,
 ) -> None:
     few = replace(session, threads=2, few=True)
     kernels = {name for name in PROVIDERS if name == "cwbr cpu"}
-    assert set(few.providers(SMALL["loss"])) == {PLAIN, "gathered compiled"} | kernels
-    assert set(few.providers(SMALL["pairs"])) == {PLAIN, "plain compiled"} | kernels
+    assert set(few.providers(SMALL["loss"])) == {EAGER, "gathered compiled"} | kernels
+    assert set(few.providers(SMALL["pairs"])) == {EAGER, "eager compiled"} | kernels
     assert set(session.providers(SMALL["pairs"])) > set(few.providers(SMALL["pairs"]))
 
 
@@ -291,12 +285,12 @@ def test_dispatcher_calls_are_counted() -> None:
 
 
 @pytest.mark.skipif("cwbr cpu" not in PROVIDERS, reason="the cpu kernels are not built")
-def test_a_fused_step_makes_a_tenth_of_the_calls_of_a_plain_one(session: Session) -> None:
-    plain, fused = session.calls(SMALL["loss"], {n: PROVIDERS[n] for n in (PLAIN, "cwbr cpu")})
-    assert plain.median is not None
-    assert fused.ratio_to_plain is not None
-    assert plain.median > 100
-    assert fused.ratio_to_plain < 0.1
+def test_a_fused_step_makes_a_tenth_of_the_calls_of_an_eager_one(session: Session) -> None:
+    eager, fused = session.calls(SMALL["loss"], {n: PROVIDERS[n] for n in (EAGER, "cwbr cpu")})
+    assert eager.median is not None
+    assert fused.ratio_to_eager is not None
+    assert eager.median > 100
+    assert fused.ratio_to_eager < 0.1
 
 
 @pytest.mark.parametrize(
@@ -362,7 +356,7 @@ def test_one_thread_and_two_take_turns(session: Session, monkeypatch: pytest.Mon
     samples = scaling.speedups(lambda: counts.append(torch.get_num_threads()))
     assert len(samples) >= measure.ROUNDS[0]
     assert set(counts) == {1, 2}
-    monkeypatch.setattr(scaling, "OWN", (PLAIN,))
+    monkeypatch.setattr(scaling, "OWN", (EAGER,))
     rows = scaling.measure_speedups(session, [SMALL["pairs"]])
     assert [(r.workload, r.mode) for r in rows[1:]] == [
         (SMALL["pairs"].name, mode) for mode in ("forward", "step")
