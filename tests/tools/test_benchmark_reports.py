@@ -29,7 +29,7 @@ def test_share_of_a_training_step_scales_the_step_to_the_batch_of_the_workload()
     assert tables.share(numbers, of_pairs, EAGER, 1) == "0.2 %"  # of 64 classes, two images each
     assert tables.share(numbers, of_batch, EAGER, 2) == ""
     note = tables.share_note(numbers, 1)
-    assert "0.25 s per image, measured at B=32 (at B=16: 0.275 s)" in note
+    assert "0.25 s, measured per image at B=32 (at B=16: 0.275 s)" in note
     assert tables.share_note(numbers, 2) == ""
     assert BY_NAME["pairs K=64 D=256"].images == 128
 

@@ -333,7 +333,7 @@ def test_machine_peaks_are_of_a_possible_size() -> None:
 def test_every_operation_runs_alone_at_small_sizes(name: str) -> None:
     operation = operations.OPERATIONS[name]
     sizes = {key: min(value, 24) for key, value in operation.base.items()}
-    reference = operations.ops.OPERATIONS["reference"]
+    reference = operations.autograd.OPERATIONS["reference"]
     for call in operation.calls(reference, sizes, "cpu").values():
         outputs = call()
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
