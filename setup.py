@@ -149,7 +149,7 @@ def cuda_extension(cpp_extension: Any, toolkit: str) -> Extension:
         "cwbr_fused._cuda",
         ["csrc/cuda_operations.cu"],
         depends=headers(),
-        include_dirs=[os.path.abspath("csrc")],
+        include_dirs=[os.path.abspath("csrc"), os.path.abspath("csrc/cuda")],
         extra_compile_args={
             "cxx": [TARGET],
             # One thread per architecture, up to the processors there are.

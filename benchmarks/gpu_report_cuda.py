@@ -30,6 +30,9 @@ from benchmarks import markdown
 # of a block, and the bytes of shared memory asked for at launch in float32 and in float64.
 KERNELS = {
     "group_by_class_kernel": ("group_by_class", "forward", 1024, 32904, 32904),
+    "sort_chunk_kernel": ("group_by_class", "forward", 1024, 32904, 32904),
+    "merge_chunks_kernel": ("group_by_class", "forward", 1024, 0, 0),
+    "lay_out_kernel": ("group_by_class", "forward", 1024, 128, 128),
     "class_moments_kernel": ("class_moments", "forward", 128, 0, 0),
     "class_moments_backward_kernel": ("class_moments", "backward", 128, 0, 0),
     "mean_softmax_kernel": ("confusion_weights", "forward", 512, 256, 512),
@@ -65,6 +68,7 @@ PROCESSORS = {
     "sm_80": (65536, 164 << 10, 2048, 32, 1024),
     "sm_90": (65536, 228 << 10, 2048, 32, 1024),
     "sm_100": (65536, 228 << 10, 2048, 32, 1024),
+    "sm_120": (65536, 100 << 10, 1536, 24, 1024),
 }
 
 

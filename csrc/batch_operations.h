@@ -8,6 +8,18 @@
 
 #include "tensors.h"
 
+#ifdef CWBR_CUDA
+#include "class_attraction.cuh"
+#include "class_moments.cuh"
+#include "confusion_weights.cuh"
+#include "follow_classes.cuh"
+#include "group_by_class.cuh"
+#include "observe_classes.cuh"
+#include "plan.cuh"
+#include "top_confusions.cuh"
+#include "top_pairs.cuh"
+#endif
+
 // What registers the operations goes through this list.
 #define CWBR_FOR_EACH_BATCH_OPERATION(use)                                                    \
   use(group_by_class) use(class_moments) use(class_moments_backward) use(confusion_weights)   \

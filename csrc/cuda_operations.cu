@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/kernels.cuh"
+#define CWBR_CUDA
 #include "operations.h"
 
 namespace cwbr::cuda {

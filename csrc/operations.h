@@ -1,5 +1,6 @@
 // The operations that cwbr_fused declares, on any Device: each checks its arguments, makes its
 // results and calls the kernel of its name, that of csrc/cpu or of csrc/cuda.
+// CWBR_CUDA says that the file that includes this is for a GPU.
 #pragma once
 
 #include "batch_operations.h"

@@ -8,6 +8,13 @@
 
 #include "tensors.h"
 
+#ifdef CWBR_CUDA
+#include "all_pair_distance.cuh"
+#include "pair_distance.cuh"
+#include "regularizer.cuh"
+#include "weighted_overlap.cuh"
+#endif
+
 // What registers the operations goes through this list.
 #define CWBR_FOR_EACH_PAIR_OPERATION(use)                                                  \
   use(pair_distance) use(pair_distance_backward) use(all_pair_distance)                    \

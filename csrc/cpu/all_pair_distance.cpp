@@ -34,9 +34,7 @@ void all_pair_distance_backward(Cpu, const T* grad, Moments<T> of, double eps, T
   for_blocks(blocks.count(), [&](int64_t a, int64_t b) {
     gradient.reset(blocks.block(a, b), T(1));
     const std::vector<TileRows> tiles = blocks.tiles(a, b);
-    parallel_for(0, tiles.size(), 256, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) gradient.write_tile(tiles[t], both);
-    });
+    for_each(tiles.size(), 256, [&](int64_t t) { gradient.write_tile(tiles[t], both); });
     blocks.gradients(gradient, grad_mean, grad_var);
   });
 }

@@ -18,12 +18,10 @@ void class_attraction(Cpu, Matrix<const In> z, Bank<const T> bank, const T* var,
   const int64_t count = acting.count;
   std::vector<T> inverse_var(z.cols);
   for (int64_t d = 0; d < z.cols; ++d) inverse_var[d] = 1 / var[d];
-  parallel_for(0, z.rows, grain_of(kGrain, z.cols * (count + 1)), [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      energy[b] = loops.class_attraction(
-          z.data + b * z.stride, bank.mean, inverse_var.data(), z.cols, acting.index + b * count,
-          acting.coefficient + b * count, count, gradient + b * z.cols);
-    }
+  for_each(z.rows, grain_of(kGrain, z.cols * (count + 1)), [&](int64_t b) {
+    energy[b] = loops.class_attraction(z.data + b * z.stride, bank.mean, inverse_var.data(), z.cols,
+                                       acting.index + b * count, acting.coefficient + b * count,
+                                       count, gradient + b * z.cols);
   });
 }
 

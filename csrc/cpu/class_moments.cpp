@@ -17,11 +17,9 @@ void for_each_slice(int64_t groups, int64_t batch, int64_t dims, const F& body) 
   const int64_t slices = (dims + kWidth - 1) / kWidth;
   if (groups == 0 || slices == 0) return;
   const int64_t tasks = groups * slices;
-  parallel_for(0, tasks, grain_of(kGrain, batch * dims / tasks), [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task % slices * kWidth;
-      body(task / slices, begin, std::min(kWidth, dims - begin));
-    }
+  for_each(tasks, grain_of(kGrain, batch * dims / tasks), [&](int64_t task) {
+    const int64_t begin = task % slices * kWidth;
+    body(task / slices, begin, std::min(kWidth, dims - begin));
   });
 }
 

@@ -15,15 +15,13 @@ template <class T>
 void follow_classes(Cpu, Bank<T> bank, BatchClasses<T> batch, double momentum) {
   const auto& loops = batch_loops<T>();
   const int64_t dims = bank.dims;
-  parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t row = batch.classes[k];
-      const T weight = batch.weight[k];
-      if (row < 0 || !(weight > 0)) continue;
-      bank.count[row] += weight;
-      const T rate = std::max(weight / std::max(bank.count[row], T(1)), T(1 - momentum));
-      loops.move_towards(rate, batch.mean + k * dims, dims, bank.mean + row * dims);
-    }
+  for_each(batch.count, grain_of(kGrain, dims), [&](int64_t k) {
+    const int64_t row = batch.classes[k];
+    const T weight = batch.weight[k];
+    if (row < 0 || !(weight > 0)) return;
+    bank.count[row] += weight;
+    const T rate = std::max(weight / std::max(bank.count[row], T(1)), T(1 - momentum));
+    loops.move_towards(rate, batch.mean + k * dims, dims, bank.mean + row * dims);
   });
 }
 

@@ -35,15 +35,12 @@ void observe_classes(Cpu, Bank<const T> bank, BatchClasses<T> batch, Variances<T
   const auto& loops = batch_loops<T>();
   const int64_t dims = bank.dims;
   T* const var = variances.var;
-  parallel_for(0, batch.count, grain_of(kGrain, dims), [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
-      // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
-      const bool finite =
-          used && std::isfinite(
-                      4 * loops.second_moments(batch.mean + k * dims, batch.var + k * dims, dims));
-      weight[k] = finite ? batch.weight[k] : T(0);
-    }
+  for_each(batch.count, grain_of(kGrain, dims), [&](int64_t k) {
+    const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
+    // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
+    const bool finite = used && std::isfinite(4 * loops.second_moments(batch.mean + k * dims,
+                                                                       batch.var + k * dims, dims));
+    weight[k] = finite ? batch.weight[k] : T(0);
   });
 
   std::vector<T> share(batch.count, T(0)), scatter(dims, T(0));

@@ -153,15 +153,13 @@ void PairBlocks<T>::distances(int64_t a, int64_t b, T limit,
   const Panel<T>&panel_a = panels_[0], &panel_b = panels_[a != b];
   const std::vector<TileRows> tiles = this->tiles(a, b);
   const int64_t tile_work = kTile * kTile * (vectors_ + kPairWork);
-  parallel_for(0, tiles.size(), grain_of(kGrain, tile_work), [&](int64_t begin, int64_t end) {
+  for_each(tiles.size(), grain_of(kGrain, tile_work), [&](int64_t index) {
     alignas(64) T distance[kTile * kTile];
-    for (int64_t index = begin; index < end; ++index) {
-      const TileRows& rows = tiles[index];
-      kernels_.tile(rows_from(panel_a, rows.i - first(a)), rows_from(panel_b, rows.j - first(b)),
-                    scaling_, rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
-      measure_near(rows, distance);
-      visit({index, rows, distance});
-    }
+    const TileRows& rows = tiles[index];
+    kernels_.tile(rows_from(panel_a, rows.i - first(a)), rows_from(panel_b, rows.j - first(b)),
+                  scaling_, rows.count_i, rows.count_j, rows.i == rows.j, limit, distance);
+    measure_near(rows, distance);
+    visit({index, rows, distance});
   });
 }
 

@@ -17,6 +17,13 @@ inline int64_t grain_of(int64_t work, int64_t each) {
   return std::max<int64_t>(1, work / std::max<int64_t>(1, each));
 }
 
+// Calls body(i) for each i in [0, count), `grain` of them or more in one thread.
+void for_each(int64_t count, int64_t grain, const auto& body) {
+  parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i);
+  });
+}
+
 int num_threads();
 
 }  // namespace cwbr

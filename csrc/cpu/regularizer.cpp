@@ -81,9 +81,7 @@ class Slices {
   // body(s) for every slice s, in parallel where that pays.
   template <class F>
   void for_each(const F& body) const {
-    parallel_for(0, size(), grain_, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) body(s);
-    });
+    cwbr::for_each(size(), grain_, body);
   }
 
  private:

@@ -13,11 +13,9 @@ template <class In, class T>
 void top_confusions(Cpu, Matrix<const In> logits, const int64_t* targets, const bool* seen,
                     int64_t top, int64_t* index, T* weight, T* own) {
   const auto& loops = batch_loops<In>();
-  parallel_for(0, logits.rows, grain_of(kGrain, logits.cols), [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      own[b] = loops.top_confusions(logits.data + b * logits.stride, logits.cols, targets[b], seen,
-                                    top, index + b * top, weight + b * top);
-    }
+  for_each(logits.rows, grain_of(kGrain, logits.cols), [&](int64_t b) {
+    own[b] = loops.top_confusions(logits.data + b * logits.stride, logits.cols, targets[b], seen,
+                                  top, index + b * top, weight + b * top);
   });
 }
 

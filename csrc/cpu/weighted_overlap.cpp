@@ -40,20 +40,16 @@ double sum(const T* begin, const T* end) {
 template <class T>
 double total_weight(const T* alpha, int64_t k) {
   std::vector<double> by_row(k);
-  parallel_for(0, k, grain_of(1 << 18, k), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      by_row[i] = sum(alpha + i * k + i + 1, alpha + (i + 1) * k);
-  });
+  for_each(k, grain_of(1 << 18, k),
+           [&](int64_t i) { by_row[i] = sum(alpha + i * k + i + 1, alpha + (i + 1) * k); });
   return sum(by_row.data(), by_row.data() + k);
 }
 
 template <class T>
 void scale_all(double factor, int64_t size, T* grad_mean, T* grad_var) {
-  parallel_for(0, size, 1 << 16, [&](int64_t first, int64_t last) {
-    for (int64_t x = first; x < last; ++x) {
-      grad_mean[x] *= T(factor);
-      grad_var[x] *= T(factor);
-    }
+  for_each(size, 1 << 16, [&](int64_t x) {
+    grad_mean[x] *= T(factor);
+    grad_var[x] *= T(factor);
   });
 }
 
@@ -154,13 +150,12 @@ class OverlapGradient {
 
   // Turns the distances that a block holds into -w exp(-D - top) / total.
   void share_out(const std::vector<TileRows>& tiles, double top) {
-    parallel_for(0, tiles.size(), kTileGrain, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        gradient_.write_tile(tiles[t], [&](int64_t i, int64_t j) {
-          const T weight = alpha_[i * k_ + j];
-          if (weight == 0) return T(0);
-          return T(-weight / total_ * std::exp(-double(gradient_.at(i, j)) - top));
-        });
+    for_each(tiles.size(), kTileGrain, [&](int64_t t) {
+      gradient_.write_tile(tiles[t], [&](int64_t i, int64_t j) {
+        const T weight = alpha_[i * k_ + j];
+        if (weight == 0) return T(0);
+        return T(-weight / total_ * std::exp(-double(gradient_.at(i, j)) - top));
+      });
     });
   }
 

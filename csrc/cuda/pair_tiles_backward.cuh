@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 // Adds the parts of a row in one dimension to those of the portions before, and after the last one
 // undoes the scaling. Tiles are numbered so that any portions add them in the same order.
 template <class A>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     gather_parts_kernel(TileInput<A> in, Parts<A> parts, int tiles, A* grad_mean, A* grad_var) {
   constexpr int kRows = kTileRows<A>;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -155,6 +155,7 @@ void top_pairs_of(Launcher& launch, Weights weights, int64_t top_m, int64_t* pai
                   A* top_weights) {
   if (top_m == 0) return;
   const int64_t count = weights.groups * (weights.groups - 1) / 2;
+  check(count >> 32 == 0, "alpha: expected pairs below 2^32, got ", weights.groups, " groups");
   // Both kernels then take about as long: one scans a chunk, the other all that is kept.
   int64_t chunk = kMinChunk;
   while (chunk * chunk < count * top_m) chunk *= 2;

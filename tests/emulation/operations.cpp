@@ -7,8 +7,11 @@
 #include <type_traits>
 #include <utility>
 
+#define CWBR_CUDA
 #define CWBR_WITHOUT_TORCH
-#include "kernels.cuh"
+#ifndef __CUDACC__
+#include "emulation.h"
+#endif
 #include "operations.h"
 
 namespace cwbr::cuda {

@@ -78,6 +78,31 @@ def test_the_dispatcher_knows_a_cuda_kernel_of_every_operation(extension: Path) 
     assert done.stdout.strip() == str(list(SCHEMAS))
 
 
+def test_the_library_knows_which_gpus_it_is_for(extension: Path) -> None:
+    code = (
+        "import torch; from cwbr_fused.operations import extension; "
+        "print(torch.ops.cwbr_fused_build.cuda_architectures(), "
+        "*[extension.runs_on(extension._architectures, c) for c in ((7, 5), (8, 9), (13, 0))])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=extension.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["8.0;9.0;10.0;12.0+PTX", "False", "True", "True"]
+
+
+def test_gpus_without_asynchronous_copies_are_refused() -> None:
+    home = toolkit()
+    if home is None:
+        pytest.skip("no nvcc: not on PATH, in CUDA_HOME or in the package nvidia-cuda-nvcc")
+    environment = {**os.environ, "CWBR_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5;8.0"}
+    if home:
+        environment["CUDA_HOME"] = home
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected architectures from 8.0 on, got 7.5" in done.stderr
+
+
 def test_every_kernel_is_in_the_report_for_every_architecture(report: list[Row]) -> None:
     for arch in ARCHITECTURES:
         kernels = {row.kernel.split("<")[0] for row in report if row.arch == arch}
@@ -144,7 +169,8 @@ def test_the_report_knows_how_much_shared_memory_a_launch_asks_for(tmp_path: Pat
     )
     source = tmp_path / "sizes.cpp"
     source.write_text(
-        '#include <cstdio>\n#include "kernels.cuh"\nusing namespace cwbr::cuda;\n'
+        "#include <cstdio>\n#define CWBR_CUDA\n#define CWBR_WITHOUT_TORCH\n"
+        '#include "emulation.h"\n#include "operations.h"\nusing namespace cwbr::cuda;\n'
         "template <class A> using SelectSharedOf = SelectShared;\n"
         f"int main() {{\n{prints}}}\n"
     )
