@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwbr_fused
@@ -113,6 +114,19 @@ def check_shrunk_variances_and_noise_floors_equal_one_process(rank: int, world: 
         assert_equals_one_process(whole, rank, sizes, 1e-12, noise_floor=True, **options)
 
 
+def check_soft_targets_equal_one_process(rank: int, world: int) -> None:
+    sizes = SIZES[world]
+    whole = batch(sum(sizes))
+    rows = one_hot(whole.targets, CLASSES)
+    whole.targets = 0.54 * rows + 0.36 * rows.roll(1, 0) + 0.1 / CLASSES
+    for top_m, options in itertools.product((8, None), ({}, {"shrinkage": 3, "min_count": 1})):
+        assert_equals_one_process(whole, rank, sizes, 1e-6, top_m=top_m, **options)
+        precise = whole.to(torch.float64)
+        assert_equals_one_process(precise, rank, sizes, 1e-12, top_m=top_m, **options)
+    whole.targets = whole.targets * torch.linspace(0.5, 2.5, sum(sizes))[:, None]
+    assert_equals_one_process(whole.to(torch.float64), rank, sizes, 1e-12, min_count=1)
+
+
 def check_classes_split_over_processes_count_together(rank: int, world: int) -> None:
     """No process alone has two samples of a class, or all classes are of one process each."""
     one_of_each = Batch(*vars(batch(CLASSES * world)).values())
@@ -175,7 +189,7 @@ def check_only_moments_travel(rank: int, world: int) -> None:
     with Collectives() as loss:
         own.loss(group="world").backward()
     moments = classes * sum(z.shape[1] for z in own.features)
-    sizes = [CLASSES, classes * classes, moments, moments, 2 * moments]
+    sizes = [2 * CLASSES + 1, classes * classes, moments, 2 * moments, 2 * moments]
     assert loss.seen == [("allreduce_", size) for size in sizes]
 
     passed_on = [z.tanh() for z in own.features]
@@ -183,7 +197,7 @@ def check_only_moments_travel(rank: int, world: int) -> None:
         cwbr_fused.CWBR(CLASSES, group="world")(passed_on, own.logits, own.targets)
         torch.stack([z.sum() for z in passed_on]).sum().backward()
     balances = [3] * len(passed_on)
-    sizes = [CLASSES, moments, moments, 2, *balances]
+    sizes = [2 * CLASSES + 1, moments, 2 * moments, 2, *balances]
     assert bank.seen == [("allreduce_", size) for size in sizes]
 
 

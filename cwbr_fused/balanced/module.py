@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -38,9 +38,10 @@ from cwbr_fused.balanced.bank import ClassBank
 from cwbr_fused.balanced.banks import Banks
 from cwbr_fused.balanced.record import EXPLANATIONS, Reason, Record
 from cwbr_fused.balanced.taps import Catchers, register_hook
-from cwbr_fused.inputs import soft_targets, validation
+from cwbr_fused.inputs import membership, validation
 from cwbr_fused.inputs.features import FeatureCatcher
 from cwbr_fused.inputs.pooling import Spread, spread, to_vec
+from cwbr_fused.inputs.targets import Targets, read_targets
 from cwbr_fused.operations import backends, distributed
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.operations.reference import accumulation_dtype
@@ -131,8 +132,9 @@ class CWBR(nn.Module):
                 *through which the loss flows*: what the model itself goes on with, not a copy or a
                 pooled view of it.
             logits: (B, C).
-            targets: (B,) integer classes, or (B, C) soft targets >= 0 (mixup, CutMix), of which the
-                two largest of each row count.
+            targets: (B,) integer classes, or (B, C) soft targets >= 0 (label smoothing, mixup,
+                CutMix), of which the classes above the floor of each row count, at most four; rows
+                of zeros are unlabelled samples. See `cwbr_fused.inputs.targets`.
 
         Returns:
             The mean of E / D over samples and layers, a scalar without gradient; 0 while no class
@@ -141,27 +143,25 @@ class CWBR(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        soft = validation.check_any_targets(logits, targets)
+        given = read_targets(logits, targets)
         processes = self._processes()
         if logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits: expected C = num_classes = {self.num_classes} columns, "
                 f"got {validation.describe(logits)}"
             )
-        if soft and processes is not None:
-            raise ValueError("targets: expected class indices with group, got soft targets")
         layers = validation.named_layers(features, logits)
         backend = backends.resolve(self.backend, logits.device.type)
         pooled = {name: self._pooled(name, layer) for name, layer in layers.items()}
         banks = {name: self.banks.of(name, z, layers) for name, (_, z) in pooled.items()}
         vectors = [_vector(z, banks[name]) for name, (_, z) in pooled.items()]
         seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
-        index, coefficient, own = self._coefficients(backend, logits.detach(), targets, seen)
+        index, coefficient, own = self._coefficients(backend, logits.detach(), given, seen)
         train = self.training and torch.is_grad_enabled()
         if train:
             reasons = self._reasons(layers)
-            classes, size, moments = self._moments(backend, vectors, targets, processes)
-            ratio = self.ratio * self._mean(own, processes)
+            classes, size, moments = self._moments(backend, vectors, given, processes)
+            ratio = self.ratio * self._mean(own, given, processes)
 
         energies = []
         for layer, (name, bank) in enumerate(banks.items()):
@@ -280,50 +280,58 @@ class CWBR(nn.Module):
         return None
 
     def _coefficients(
-        self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
+        self, backend: str, logits: Tensor, targets: Targets, seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The classes (B, S + J) that act on each sample, how strongly, and its own probability."""
-        labels, shares = _labels(targets)
+        labels, shares = targets
         index, probability, own = OPERATIONS[backend].top_confusions(
             logits, labels[:, 0], seen, self.confusions
         )
-        if labels.shape[1] > 1:
-            also_own = (index[:, :, None] == labels[:, None, 1:]) & (shares[:, None, 1:] > 0)
+        # A sample whose own class is new is left alone: pushing it would have no counterweight.
+        known = seen[labels]
+        pull = torch.ones_like(labels, dtype=own.dtype)
+        if shares is not None:
+            member = shares > 0
+            also_own = (index[:, :, None] == labels[:, None]) & member[:, None]
             index = torch.where(also_own.any(2), -1, index)
             probs = logits.to(own.dtype).softmax(1).gather(1, labels)
-            own = torch.where(shares > 0, probs, 0).sum(1)
+            own = torch.where(member, probs, 0).sum(1)
+            known = (known | ~member).all(1, keepdim=True) & member[:, :1]
+            mass = shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+            pull = (shares / mass).to(own.dtype)
+            labels = torch.where(member, labels, -1)
         index = torch.cat([labels, index], 1)
-        coefficient = torch.cat([shares.to(own.dtype), -self.push * probability], 1)
-        # A sample whose own class is new is left alone: pushing it would have no counterweight.
-        known = (seen[labels] | (shares == 0)).all(1, keepdim=True)
+        coefficient = torch.cat([pull, -self.push * probability], 1)
         return torch.where(known, index, -1), coefficient, own
 
     def _moments(
         self,
         backend: str,
         vectors: list[Tensor],
-        targets: Tensor,
+        targets: Targets,
         processes: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Classes (K,), how many samples each has, and their moments (K, D) at every layer."""
-        if processes is not None:
-            return distributed.class_moments(vectors, targets, self.num_classes, backend, processes)
-        if targets.dim() == 2:
-            members = soft_targets.membership(targets, LEAST_SOFT_WEIGHT)
-            moments = [
-                soft_targets.class_moments(z, members.shares, 0.0, accumulation_dtype(z.dtype))
-                for z in vectors
-            ]
-            return members.classes, members.counts, moments
-        operations = OPERATIONS[backend]
-        order, offsets, classes = operations.group_by_class(targets, 1)
-        moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
-        return classes, offsets.diff(), moments
+        if targets.shares is None and processes is None:
+            operations = OPERATIONS[backend]
+            order, offsets, classes = operations.group_by_class(targets.labels[:, 0], 1)
+            moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
+            return classes, offsets.diff(), moments
+        least = 1 if targets.shares is None else LEAST_SOFT_WEIGHT
+        dtype = reduce(torch.promote_types, (accumulation_dtype(z.dtype) for z in vectors))
+        members = membership.of_targets(targets, self.num_classes, least, dtype, processes)
+        with torch.no_grad():
+            moments = membership.class_moments(vectors, members, 0.0, backend)
+        return members.classes, members.counts, moments
 
-    def _mean(self, own: Tensor, processes: ProcessGroup | None) -> Tensor:
-        if processes is None:
+    def _mean(self, own: Tensor, targets: Targets, processes: ProcessGroup | None) -> Tensor:
+        """The mean probability of the right class, over the labelled samples of all processes."""
+        if targets.shares is None and processes is None:
             return own.mean()
-        return distributed.mean_over_samples(own, processes)
+        labelled = torch.ones_like(own) if targets.shares is None else targets.shares[:, 0] > 0
+        sums = torch.stack([own.sum(), labelled.sum().to(own.dtype)])
+        right, samples = sums if processes is None else distributed.all_reduce(sums, processes)
+        return right / samples.clamp(min=1)
 
     def _reasons(self, layers: Mapping[str, Tensor]) -> dict[str, Reason | None]:
         """Why this call has no effect on a layer, or the latest ones had none; says so once."""
@@ -347,12 +355,3 @@ def _vector(z: Tensor, bank: ClassBank) -> Tensor:
     """z without its graph, in a dtype that is accumulated in that of the bank."""
     dtype = bank.mean.dtype
     return z.detach() if accumulation_dtype(z.dtype) == dtype else z.detach().to(dtype)
-
-
-def _labels(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Own classes (B, S) of each sample and their shares, which sum to 1 unless all are 0."""
-    if targets.dim() == 1:
-        labels = targets.long()[:, None]
-        return labels, torch.ones_like(labels, dtype=torch.float32)
-    shares, labels = targets.topk(min(2, targets.shape[1]))
-    return labels, shares / shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)

@@ -32,6 +32,7 @@ from cwbr_fused.inputs.pooling import to_vec
 from cwbr_fused.operations import backends, reference
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.overlap import loss
+from cwbr_fused.overlap.options import OverlapOptions
 
 PAIR_KEYS = ("separation", "overlap", "distance", "rho")
 SHOWN_CLASSES = 40  # of the confusion matrix
@@ -102,7 +103,7 @@ def report(
         TypeError, ValueError: naming the argument.
     """
     check_mapping(features)
-    validation.check_options(top_m, eps, "overlap", min_count)
+    OverlapOptions(top_m, min_count, eps).check()
     validation.check_batch(logits, targets)
     if len(targets) == 0:
         raise ValueError("logits: expected at least one sample, got none")

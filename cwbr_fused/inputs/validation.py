@@ -18,8 +18,6 @@ from torch import Tensor
 from cwbr_fused.inputs.features import FeatureCatcher, Features
 from cwbr_fused.inputs.pooling import to_vec
 
-OBJECTIVES = ("overlap", "log_overlap")
-
 
 def describe(value: object) -> str:
     """A short account of what an argument was."""
@@ -70,10 +68,14 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 def check_eps(eps: object) -> None:
     """A finite number above 0."""
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"eps: expected a number, got {describe(eps)}")
-    if not (eps > 0 and math.isfinite(eps)):
+    _check_number("eps", eps)
+    if not (eps > 0 and math.isfinite(eps)):  # type: ignore[operator, arg-type]
         raise ValueError(f"eps: expected a finite number > 0, got {eps!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
 
 
 def check_int(name: str, value: object, low: int | None = None, otherwise: str = "") -> int:
@@ -96,45 +98,27 @@ def check_positive_int(name: str, value: object, otherwise: str = "") -> int:
 
 def check_between(name: str, value: object, low: float, high: float = math.inf) -> None:
     """A finite number with low <= value <= high."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not (low <= value <= high and math.isfinite(value)):
+    _check_number(name, value)
+    if not (low <= value <= high and math.isfinite(value)):  # type: ignore[operator, arg-type]
         expected = f"a finite number >= {low}" if high == math.inf else f"{low} <= {name} <= {high}"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_options(top_m: object, eps: object, objective: object, min_count: object = 1) -> None:
-    """The keywords of `cwbr_fused.loss` that every function of its kind shares."""
-    if top_m is not None:
-        check_positive_int("top_m", top_m, " or None for all pairs")
-    check_positive_int("min_count", min_count)
-    check_eps(eps)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: expected one of {OBJECTIVES}, got {objective!r}")
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def check_adjustment(
-    temperature: object, shrinkage: object, noise_floor: object, min_count: object = 2
-) -> None:
-    """The keywords of `cwbr_fused.loss` that change the plain formulas."""
-    for name, value, words in (
-        ("temperature", temperature, ("dims",)),
-        ("shrinkage", shrinkage, ("analytic", "pooled")),
-    ):
-        if value is None or (isinstance(value, str) and value in words):
-            continue
-        expected = f"expected None, a finite number > 0 or one of {words}"
-        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
-            raise TypeError(f"{name}: {expected}, got {describe(value)}")
-        if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: {expected}, got {value!r}")
-    if not isinstance(noise_floor, bool):
-        raise TypeError(f"noise_floor: expected a bool, got {describe(noise_floor)}")
-    if noise_floor and shrinkage is None and min_count == 1:
-        raise ValueError(
-            "min_count: expected at least 2 with noise_floor and no shrinkage, as one sample has "
-            "no variance, got 1"
-        )
+def check_number_or(name: str, value: object, words: tuple[str, ...]) -> None:
+    """None, a finite number above 0, or one of a few words."""
+    if value is None or (isinstance(value, str) and value in words):
+        return
+    expected = f"expected None, a finite number > 0 or one of {words}"
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        raise TypeError(f"{name}: {expected}, got {describe(value)}")
+    if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: {expected}, got {value!r}")
 
 
 def check_group(group: object) -> None:
@@ -157,21 +141,6 @@ def check_batch(logits: object, targets: object) -> None:
     assert isinstance(targets, Tensor)
     check_same_device("targets", targets, "logits", logits)
     check_range("targets", targets, 0, classes, "as logits has C = {high} columns")
-
-
-def check_any_targets(logits: object, targets: object) -> bool:
-    """logits (B, C) with class indices (B,) or soft targets (B, C); whether they are soft."""
-    if is_soft(targets):
-        assert isinstance(targets, Tensor)
-        check_soft_batch(logits, targets)
-        return True
-    check_batch(logits, targets)
-    return False
-
-
-def is_soft(targets: object) -> bool:
-    """Whether targets are meant as class probabilities (B, C) instead of indices (B,)."""
-    return isinstance(targets, Tensor) and targets.dim() == 2 and targets.dtype.is_floating_point
 
 
 def check_soft_batch(logits: object, targets: Tensor) -> None:

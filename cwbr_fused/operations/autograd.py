@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cwbr_fused.operations import schema
+from cwbr_fused.operations import reference, schema
 
+# Not a backend: the reference under ordinary autograd, which can differentiate it twice.
+PLAIN = "plain"
+
+_REFERENCE = SimpleNamespace(**{name: schema.pure_pytorch(name) for name in schema.SCHEMAS})
 OPERATIONS: dict[str, Any] = {
-    "reference": SimpleNamespace(**{name: schema.pure_pytorch(name) for name in schema.SCHEMAS}),
+    PLAIN: _REFERENCE,
+    "reference": _REFERENCE,
     "cpu": getattr(torch.ops, schema.NAMESPACE),
     "cuda": getattr(torch.ops, schema.NAMESPACE),
     "triton": getattr(torch.ops, schema.TRITON_NAMESPACE),
@@ -60,6 +65,30 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         return tuple(r if r is None else _FirstOrder.apply(r, *sources) for r in results)
 
     return guarded
+
+
+def class_moments(
+    z: Tensor, order: Tensor, offsets: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The differentiable operation, of a backend or `PLAIN`; so the functions below."""
+    if backend == PLAIN:
+        return reference.class_moments(z, order, offsets, eps)
+    mean, var = ClassMoments.apply(z, order, offsets, eps, backend)
+    return mean, var
+
+
+def pair_distance(mean: Tensor, var: Tensor, pairs: Tensor, eps: float, backend: str) -> Tensor:
+    if backend == PLAIN:
+        return reference.pair_distance(mean, var, pairs, eps)
+    distance: Tensor = PairDistance.apply(mean, var, pairs, eps, backend)
+    return distance
+
+
+def all_pair_distance(mean: Tensor, var: Tensor, eps: float, backend: str) -> Tensor:
+    if backend == PLAIN:
+        return reference.all_pair_distance(mean, var, eps)
+    distance: Tensor = AllPairDistance.apply(mean, var, eps, backend)
+    return distance
 
 
 class ClassMoments(torch.autograd.Function):
@@ -132,6 +161,8 @@ def weighted_overlap(
     mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool, backend: str
 ) -> Tensor:
     """The differentiable operation: the distances of all pairs are measured once, if that fits."""
+    if backend == PLAIN:
+        return reference.weighted_overlap(mean, var, alpha, eps, log)
     wanted = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
     if wanted and 2 * mean.numel() * mean.element_size() <= KEPT_BYTES:
         kept: Tensor = OverlapWithGradient.apply(mean, var, alpha, eps, log, backend)

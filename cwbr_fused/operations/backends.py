@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Literal, TypeAlias
 
 from cwbr_fused.operations import absence, extension
 
-__all__ = ["NAMES", "check", "explain", "rejection", "resolve"]
+__all__ = ["NAMES", "Backend", "check", "explain", "rejection", "resolve"]
 
+Backend: TypeAlias = Literal["auto", "cpu", "cuda", "triton", "reference"]
 NAMES = ("cpu", "cuda", "triton", "reference")
 
 # Asked once, here, because torch.compile cannot trace the question.
@@ -71,7 +73,7 @@ def resolve(backend: str, device_type: str) -> str:
         return chosen
     reason = rejection(backend, device_type)
     if reason is not None:
-        raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
+        raise ValueError(f"backend: expected one that can be used, got {backend!r}: {reason}")
     return backend
 
 

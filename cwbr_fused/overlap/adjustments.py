@@ -39,46 +39,28 @@ The noise depends on counts and intensities alone, neither of which carries grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Temperature: TypeAlias = float | Literal["dims"] | None
-Shrinkage: TypeAlias = float | Literal["analytic", "pooled"] | None
+from cwbr_fused.overlap.options import Shrinkage, Temperature
+
 # The samples of each class and the intensity with which its variance was shrunk, (K,) each.
 Noise: TypeAlias = tuple[Tensor, Tensor]
 
 EULER = 0.5772156649015329
 LOG_STEP = 0.6
-PAIR_BLOCK = 2**13  # Pairs integrated at a time: 95 float64 nodes of each are 6 MB.
-
-
-class Adjustment(NamedTuple):
-    """How `cwbr_fused.loss` departs from the plain formulas; by default it does not."""
-
-    temperature: Temperature = None
-    shrinkage: Shrinkage = None
-    noise_floor: bool = False
+PAIR_BLOCK = 2**13  # Pairs integrated at a time: 95 nodes of each are 3 MB in float32.
 
 
 class Pairs(NamedTuple):
-    """M pairs of classes: rows i and j, weights (M,), and `distance(mean, var)`, their D (M,)."""
+    """M pairs of classes: rows i and j, and `distance(mean, var)`, their D (M,)."""
 
     i: Tensor
     j: Tensor
-    weights: Tensor
     distance: Callable[[Tensor, Tensor], Tensor]
-
-
-def every_pair(
-    classes: int, device: torch.device, distance: Callable[[Tensor, Tensor], Tensor]
-) -> Pairs:
-    """All K x K pairs of equal weight, in the order of a flattened (K, K) matrix of distances."""
-    row = torch.arange(classes, device=device)
-    i, j = row.repeat_interleave(classes), row.repeat(classes)
-    return Pairs(i, j, torch.ones_like(i), lambda mean, var: distance(mean, var).flatten())
 
 
 def analytic_intensity(var: Tensor, pooled: Tensor, dof: Tensor) -> Tensor:
@@ -141,14 +123,15 @@ def log_and_inverse_mean(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]
 
     (the second against an exponential variable, whose mean logarithm is minus Euler's constant).
     With t = exp(x) both integrands are smooth and vanish at both ends, so that the trapezoidal rule
-    converges exponentially: at this step both are right to 2e-6, with 1 to 1e6 degrees of freedom.
+    converges exponentially: at this step both are right to 2e-6, with 1 to 1e6 degrees of freedom
+    and in float32 as well.
 
     Args:
-        parts: weights w_m and degrees of freedom f_m, float64 of one shape. Where the degrees of
+        parts: weights w_m and degrees of freedom f_m, of one shape and dtype. Where the degrees of
             freedom with a weight sum to 2 or less, E[1/s] is infinite, and what is returned is not.
     """
-    device = parts[0][0].device
-    t = torch.arange(-16.0, 40.5, LOG_STEP, dtype=torch.float64, device=device).exp()
+    like = parts[0][0]
+    t = torch.arange(-16.0, 40.5, LOG_STEP, dtype=like.dtype, device=like.device).exp()
     logs = torch.stack([dof[..., None] * torch.log1p(2 * w[..., None] * t) for w, dof in parts])
     laplace = torch.exp(-logs.sum(0) / 2)
     log = (1 / (1 + t) - laplace).sum(-1) * LOG_STEP - EULER
@@ -163,10 +146,10 @@ def noise_floor(noise: Noise, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         i, j: (M,) rows.
 
     Returns:
-        scale: (M,) float64 factor `1/E[1/s]` of the mean term, 0 where that is left out.
-        floor: (M,) float64 noise of one dimension; 0 for a class and itself.
+        scale: (M,) factor `1/E[1/s]` of the mean term, 0 where that is left out.
+        floor: (M,) noise of one dimension; 0 for a class and itself.
     """
-    counts, keep = noise[0].double(), 1 - noise[1].double()
+    counts, keep = noise[0].to(noise[1].dtype), 1 - noise[1]
     dof = (counts - 1).clamp(min=0)
     total = dof.sum()
     share = 1 / torch.where(total > 0, total, 1)
@@ -196,9 +179,9 @@ def adjusted_distance(
     pairs: Pairs,
     mean: Tensor,
     var: Tensor,
+    noise: Noise | None,
     eps: float,
     temperature: Temperature,
-    noise: Noise | None,
 ) -> Tensor:
     """The distance of the pairs, less its noise floor, over the temperature.
 
@@ -207,8 +190,8 @@ def adjusted_distance(
 
     Args:
         mean, var: (K, D).
-        eps: the clamp of the variances.
         noise: counts and intensity of the classes; None to leave the noise in.
+        eps: the clamp of the variances.
     """
     distance = pairs.distance(mean, var)
     if noise is not None:
@@ -231,34 +214,3 @@ def overlap_distance(distance: Tensor) -> Tensor:
     same value and slope at 0: no gradient is lost, none explodes.
     """
     return torch.where(distance < 0, -torch.log1p(-distance.clamp(max=0)), distance)
-
-
-def layer_distances(
-    pairs: Pairs,
-    moments: Sequence[tuple[Tensor, Tensor]],
-    counts: Tensor,
-    eps: float,
-    adjustment: Adjustment,
-) -> tuple[Tensor, Tensor]:
-    """What `reference.overlap` takes, of L layers with the same classes.
-
-    Args:
-        moments: mean and biased variance (K, D_l) of each layer.
-        counts: (K,) samples of each class.
-
-    Returns:
-        distance: (L, M).
-        weights: (M,). Zero if the variances are shrunk and no class has two samples, since then
-            there is no variance to shrink to.
-    """
-    distances = []
-    for mean, var in moments:
-        noise = None
-        if adjustment.shrinkage is not None or adjustment.noise_floor:
-            var, intensity = shrink_variance(var, counts, adjustment.shrinkage, eps)
-            noise = (counts, intensity) if adjustment.noise_floor else None
-        distances.append(adjusted_distance(pairs, mean, var, eps, adjustment.temperature, noise))
-    weights = pairs.weights
-    if adjustment.shrinkage is not None:
-        weights = torch.where((counts > 1).any(), weights, 0)
-    return overlap_distance(torch.stack(distances)), weights

@@ -18,28 +18,17 @@ number of classes in the batch is a shape here, so on a GPU `class_stats_diag` w
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
 from cwbr_fused.inputs import validation
 from cwbr_fused.operations import backends, reference
-from cwbr_fused.operations.autograd import (
-    OPERATIONS,
-    AllPairDistance,
-    ClassMoments,
-    PairDistance,
-    weighted_overlap,
-)
-from cwbr_fused.overlap import adjustments
-from cwbr_fused.overlap.adjustments import (
-    Noise,
-    Pairs,
-    Shrinkage,
-    Temperature,
-    adjusted_distance,
-    every_pair,
-    overlap_distance,
-)
+from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.backends import Backend
+from cwbr_fused.overlap import adjustments, steps
+from cwbr_fused.overlap.adjustments import Noise
+from cwbr_fused.overlap.options import Objective, OverlapOptions, Shrinkage, Temperature
 
 __all__ = [
     "bhat_confusion_loss",
@@ -51,7 +40,7 @@ __all__ = [
 
 
 def class_stats_diag(
-    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
+    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean and biased diagonal variance of each class of a batch.
 
@@ -71,19 +60,13 @@ def class_stats_diag(
     validation.check_float_tensor("z", z, "(B, D)")
     validation.check_index_tensor("y", y, z.shape[0], "(B,) = ({n},), as z has B = {n}")
     validation.check_same_device("y", y, "z", z)
-    validation.check_eps(eps)
-    validation.check_positive_int("min_count", min_count)
+    OverlapOptions(min_count=min_count, eps=eps).check()
     name = backends.resolve(backend, z.device.type)
-    order, offsets, classes = OPERATIONS[name].group_by_class(y, min_count)
-    mean, var = ClassMoments.apply(z, order, offsets, eps, name)
-    used = int((classes != -1).sum())
-    group = reference.sample_groups(order, offsets)
-    inv = torch.where(group < used, group, -1)
-    return classes[:used], mean[:used], var[:used], offsets.diff()[:used], inv
+    return steps.class_statistics(z, y, eps, min_count, name)
 
 
 def confusion_alpha(
-    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: str = "auto"
+    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: Backend = "auto"
 ) -> Tensor:
     """How much softmax mass the classes of a batch lend each other; no gradient.
 
@@ -139,10 +122,8 @@ def shrink_variance(
     """
     validation.check_float_tensor("var", var, "(K, D)")
     _check_of_classes("counts", counts, var)
-    validation.check_adjustment(None, shrinkage, False)
-    validation.check_eps(eps)
-    variance, intensity = adjustments.shrink_variance(var, counts, shrinkage, eps)
-    return variance, intensity
+    OverlapOptions(shrinkage=shrinkage, eps=eps).check()
+    return adjustments.shrink_variance(var, counts, shrinkage, eps)
 
 
 def _check_of_classes(name: str, value: object, moments: Tensor) -> None:
@@ -157,20 +138,8 @@ def _check_of_classes(name: str, value: object, moments: Tensor) -> None:
     validation.check_same_device(name, value, "var", moments)
 
 
-def _check_adjustment(temperature: Temperature, noise_floor: Noise | None, var: Tensor) -> None:
-    validation.check_adjustment(temperature, None, False)
-    if noise_floor is None:
-        return
-    if not isinstance(noise_floor, tuple) or len(noise_floor) != 2:
-        raise TypeError(
-            "noise_floor: expected None or a pair (counts, intensity), "
-            f"got {validation.describe(noise_floor)}"
-        )
-    for name, value in zip(("counts", "intensity"), noise_floor, strict=True):
-        _check_of_classes(f"noise_floor: {name}", value, var)
-
-
-def _check_moments(mu: Tensor, var: Tensor, eps: float) -> None:
+def _layer(mu: Tensor, var: Tensor, noise_floor: Noise | None) -> steps.Layer:
+    """The arguments, checked and in the accumulation dtype, which the pair kernels take."""
     validation.check_float_tensor("mu", mu, "(K, D)")
     validation.check_float_tensor("var", var, "(K, D)")
     if mu.shape != var.shape or mu.dtype != var.dtype:
@@ -179,25 +148,17 @@ def _check_moments(mu: Tensor, var: Tensor, eps: float) -> None:
             f"{validation.describe(mu)}, got {validation.describe(var)}"
         )
     validation.check_same_device("var", var, "mu", mu)
-    validation.check_eps(eps)
-
-
-def _accumulated(mu: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the accumulation dtype, which the pair kernels take."""
     dtype = reference.accumulation_dtype(mu.dtype)
-    return mu.to(dtype), var.to(dtype)
-
-
-def select_pairs(alpha: Tensor, top_m: int | None, eps: float, backend: str) -> Pairs:
-    """The `top_m` pairs of largest alpha, or all, and how `backend` measures them."""
-    if top_m is None:
-        i, j = reference.upper_pairs(alpha)
-        return Pairs(
-            i, j, alpha[i, j], lambda m, v: AllPairDistance.apply(m, v, eps, backend)[i, j]
-        )
-    pairs, weights = OPERATIONS[backend].top_pairs(alpha, top_m)
-    i, j = pairs.unbind(1)
-    return Pairs(i, j, weights, lambda m, v: PairDistance.apply(m, v, pairs, eps, backend))
+    if noise_floor is not None:
+        if not isinstance(noise_floor, tuple) or len(noise_floor) != 2:
+            raise TypeError(
+                "noise_floor: expected None or a pair (counts, intensity), "
+                f"got {validation.describe(noise_floor)}"
+            )
+        for name, value in zip(("counts", "intensity"), noise_floor, strict=True):
+            _check_of_classes(f"noise_floor: {name}", value, var)
+        noise_floor = (noise_floor[0], noise_floor[1].to(dtype))
+    return steps.Layer(mu.to(dtype), var.to(dtype), noise_floor)
 
 
 def bhattacharyya_diag(
@@ -205,7 +166,7 @@ def bhattacharyya_diag(
     var: Tensor,
     eps: float = 1e-6,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     temperature: Temperature = None,
     noise_floor: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -225,18 +186,10 @@ def bhattacharyya_diag(
     Returns:
         D, rho: (K, K) each, symmetric, with diagonals 0 and 1.
     """
-    _check_moments(mu, var, eps)
-    _check_adjustment(temperature, noise_floor, var)
+    layer = _layer(mu, var, noise_floor)
+    OverlapOptions(eps=eps, temperature=temperature).check()
     name = backends.resolve(backend, mu.device.type)
-    mean, variance = _accumulated(mu, var)
-    if temperature is None and noise_floor is None:
-        distance = AllPairDistance.apply(mean, variance, eps, name)
-        return distance, torch.exp(-distance)
-    groups = mu.shape[0]
-    pairs = every_pair(groups, mu.device, lambda m, v: AllPairDistance.apply(m, v, eps, name))
-    flat = adjusted_distance(pairs, mean, variance, eps, temperature, noise_floor)
-    distance = flat.view(groups, groups)
-    return distance, torch.exp(-overlap_distance(distance))
+    return steps.distance_matrix(layer, eps, temperature, name)
 
 
 def bhat_confusion_loss(
@@ -246,8 +199,8 @@ def bhat_confusion_loss(
     top_m: int | None = 64,
     eps: float = 1e-6,
     *,
-    objective: str = "overlap",
-    backend: str = "auto",
+    objective: Objective = "overlap",
+    backend: Backend = "auto",
     temperature: Temperature = None,
     noise_floor: Noise | None = None,
 ) -> Tensor:
@@ -268,9 +221,8 @@ def bhat_confusion_loss(
     Returns:
         A scalar.
     """
-    validation.check_options(top_m, eps, objective)
-    _check_moments(mu, var, eps)
-    _check_adjustment(temperature, noise_floor, var)
+    options = OverlapOptions(top_m, eps=eps, objective=objective, temperature=temperature).check()
+    layer = _layer(mu, var, noise_floor)
     groups = mu.shape[0]
     validation.check_float_tensor("alpha", alpha, "(K, K)")
     if alpha.shape != (groups, groups):
@@ -280,15 +232,6 @@ def bhat_confusion_loss(
         )
     validation.check_same_device("alpha", alpha, "mu", mu)
     name = backends.resolve(backend, mu.device.type)
-    mean, variance = _accumulated(mu, var)
-    alpha = alpha.detach().to(mean.dtype)
-    log = objective == "log_overlap"
-    if temperature is not None or noise_floor is not None:
-        chosen = select_pairs(alpha, top_m, eps, name)
-        adjusted = adjusted_distance(chosen, mean, variance, eps, temperature, noise_floor)
-        return reference.overlap(overlap_distance(adjusted), chosen.weights, eps, log)
-    if top_m is None or top_m >= groups * (groups - 1) // 2:
-        return weighted_overlap(mean, variance, alpha, eps, log, name)
-    pairs, weights = OPERATIONS[name].top_pairs(alpha, top_m)
-    distance = PairDistance.apply(mean, variance, pairs, eps, name)
-    return reference.overlap(distance, weights, eps, log)
+    if top_m is not None and top_m >= groups * (groups - 1) // 2:
+        options = replace(options, top_m=None)
+    return steps.overlap(alpha.detach().to(layer.mean.dtype), [layer], options, name)

@@ -1,39 +1,45 @@
-"""The regularizer on the outputs of a network's layers, and its weight against cross-entropy."""
+"""The published form as a loss on the outputs of a network's layers, and its weight.
+
+`group` takes the statistics of all processes' samples together:
+
+N processes with B/N samples each get the loss of one process with B samples, and under
+DistributedDataParallel or `fully_shard`, which average gradients over the processes, its parameter
+gradients, to float32 rounding. Every process may have any number of samples, also none, of any
+classes.
+
+What travels, by all-reduce, for K classes that have `min_count` samples in all processes together:
+the sample counts and their squares (2 C + 1 numbers), the mean softmax rows (K, K), and the mean,
+the variance and later the gradients of both (K, D), for all layers at once. Features never do. Each
+process then measures the same pairs.
+
+Each process issues the same collectives in the same order, whatever its samples: four forward and
+one backward. So every process must call `loss` and, unless all skip it, `backward`, with the same
+options and the same layers. A process that is gone, or does not call, is an error in the others
+once the group's timeout has passed.
+
+- The number of usable classes is read on the host once per call; on a GPU that waits for the
+  forward pass. torch.compile breaks its graph here, and a CUDA graph cannot hold it.
+- Gradient accumulation: the statistics are those of one micro-batch over all processes. It needs
+  no care: the collectives here are issued under `no_sync()` as well.
+- `scale_match(ce, reg)` weights by the process's own `ce`; averaged over processes that is the
+  weight of the mean `ce`, the one DDP minimises.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cwbr_fused.inputs import soft_targets, validation
+from cwbr_fused.inputs import validation
+from cwbr_fused.inputs.targets import read_targets
 from cwbr_fused.operations import backends
-from cwbr_fused.operations.autograd import OPERATIONS, ClassMoments, Regularizer, weighted_overlap
+from cwbr_fused.operations.backends import Backend
 from cwbr_fused.operations.distributed import process_group
-from cwbr_fused.operations.reference import accumulation_dtype, overlap
-from cwbr_fused.overlap import distributed
-from cwbr_fused.overlap.adjustments import Adjustment, Shrinkage, Temperature, layer_distances
-from cwbr_fused.overlap.functional import select_pairs
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-class Steps(NamedTuple):
-    """What the loss of a batch is made of.
-
-    counts: (K,) samples of each class; 0 for the unused.
-    var: L tensors (K, D_l), the biased variances.
-    distance: (L, M), as adjusted.
-    weights: (M,), 0 for pairs of unused classes.
-    """
-
-    counts: Tensor
-    var: list[Tensor]
-    distance: Tensor
-    weights: Tensor
+from cwbr_fused.operations.reference import accumulation_dtype
+from cwbr_fused.overlap import steps
+from cwbr_fused.overlap.options import Group, Objective, OverlapOptions, Shrinkage, Temperature
 
 
 def loss(
@@ -44,20 +50,25 @@ def loss(
     top_m: int | None = 64,
     min_count: int = 2,
     eps: float = 1e-6,
-    objective: str = "overlap",
-    backend: str = "auto",
-    group: ProcessGroup | Literal["world"] | None = None,
+    objective: Objective = "overlap",
+    backend: Backend = "auto",
+    group: Group = None,
     temperature: Temperature = None,
     shrinkage: Shrinkage = None,
     noise_floor: bool = False,
 ) -> Tensor:
-    """Confusion-weighted Bhattacharyya regularizer of a batch: the mean over the given layers.
+    """The published regularizer of a batch, for study and comparison; train with `CWBR` instead.
+
+    Trained with, it lowered accuracy in every setting that was measured. On wide layers its value
+    underflows to 0 and it does nothing; on narrow ones `scale_match` amplifies the gradient of a
+    few pairs. `cwbr_fused.CWBR` is the form to train with.
 
     Per layer: diagonal Gaussians of the classes with at least `min_count` samples; for the `top_m`
     pairs of them that the softmax confuses most, `sum(alpha rho) / max(sum(alpha), eps)`, with the
-    overlap `rho = exp(-D)` of the pair and its confusion `alpha`, which carries no gradient.
-    Equivalent to `cwbr_fused.reference.loss`, in a few kernels; in some more with soft targets or
-    one of the last three keywords, which change nothing unless given.
+    overlap `rho = exp(-D)` of the pair and its confusion `alpha`, which carries no gradient. The
+    value is the mean over the layers. Equivalent to `cwbr_fused.reference.loss`, in a few kernels;
+    in some more with soft targets or one of the last three keywords, which change nothing unless
+    given.
 
     Args:
         features: raw layer outputs: a tensor, a sequence or a mapping of tensors. (B, D) is used
@@ -66,8 +77,9 @@ def loss(
         logits: (B, C). No gradient.
         targets: (B,) integer classes in [0, C); or soft targets (B, C) of any floating dtype,
             finite and >= 0, as from label smoothing, mixup or CutMix: moments and mean softmax rows
-            are then weighted by class membership, and a class counts as many samples as its weights
-            sum to. Rows need not sum to 1. No gradient. See `cwbr_fused.inputs.soft_targets`.
+            are then weighted by membership above the uniform floor of each row, and a class counts
+            as many samples as its weights sum to. Rows need not sum to 1; a row of zeros is an
+            unlabelled sample. No gradient. See `cwbr_fused.inputs.targets`.
         top_m: how many pairs; None for all.
         min_count: classes with fewer samples in the batch are left out. 1 is of use with
             `shrinkage` only: a class of one sample then takes the pooled variance.
@@ -78,7 +90,7 @@ def loss(
         group: None takes the statistics of this process's batch. A `torch.distributed.ProcessGroup`
             takes those of its processes' batches together, "world" of the default group's (looked
             up at each call, so it may be given before `init_process_group`). Every process of the
-            group must then call `loss` and `backward`; see `cwbr_fused.overlap.distributed`.
+            group must then call `loss` and `backward`; see `cwbr_fused.overlap.loss`.
         temperature: a number T > 0 puts D/T in the place of D; "dims" divides each layer's D by its
             number of dimensions, so that the overlap neither underflows in wide layers nor is left
             to the narrowest one.
@@ -100,84 +112,32 @@ def loss(
         TypeError, ValueError: naming the argument, before any kernel starts. Out-of-range targets
             on a GPU are a device-side assertion instead.
     """
-    validation.check_options(top_m, eps, objective, min_count)
-    validation.check_adjustment(temperature, shrinkage, noise_floor, min_count)
-    validation.check_group(group)
-    soft = validation.check_any_targets(logits, targets)
-    vectors = common_vectors(features, logits)
-    dtype = accumulation_dtype(vectors[0].dtype)
-    name = backends.resolve(backend, logits.device.type)
-    log, operations = objective == "log_overlap", OPERATIONS[name]
-    adjustment = Adjustment(temperature, shrinkage, noise_floor)
-
-    value: Tensor
-    if group is not None:
-        if soft:
-            raise ValueError(
-                "targets: soft targets are not supported with group, got "
-                f"{validation.describe(targets)}; pass class indices"
-            )
-        processes = process_group(group)
-        if processes is not None:
-            if torch.compiler.is_compiling():
-                # A literal, which the error of fullgraph=True shows.
-                torch._dynamo.graph_break("the number of usable classes is read on the host")
-            # At the call, since it loads torch._dynamo, a second that most programs need not wait.
-            regularizer = torch.compiler.disable(distributed.regularizer)
-            value = regularizer(
-                vectors, logits, targets, top_m, min_count, eps, log, name, processes, adjustment
-            )
-            return value
-
-    if soft or adjustment != Adjustment():
-        steps = single_steps(vectors, logits, targets, top_m, min_count, eps, name, adjustment)
-        return overlap(steps.distance, steps.weights, eps, log).mean()
-
-    if top_m is None:
-        order, offsets, classes = operations.group_by_class(targets, min_count)
-        alpha = operations.confusion_weights(logits.detach(), order, offsets, classes).to(dtype)
-        values = []
-        for z in vectors:
-            mean, var = ClassMoments.apply(z, order, offsets, eps, name)
-            values.append(weighted_overlap(mean, var, alpha, eps, log, name))
-        return torch.stack(values).mean()
-
-    order, offsets, _, pairs, weights = operations.plan(logits.detach(), targets, top_m, min_count)
-    value = Regularizer.apply(order, offsets, pairs, weights.to(dtype), eps, log, name, *vectors)
-    return value
+    options = OverlapOptions(
+        top_m, min_count, eps, objective, backend, group, temperature, shrinkage, noise_floor
+    )
+    return loss_with(features, logits, targets, options.check())
 
 
-def single_steps(
-    vectors: Sequence[Tensor],
+def loss_with(
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     logits: Tensor,
     targets: Tensor,
-    top_m: int | None,
-    min_count: int,
-    eps: float,
-    backend: str,
-    adjustment: Adjustment,
-) -> Steps:
-    """What the loss is made of, one operation after the other.
-
-    Args:
-        vectors: L tensors (B, D_l) of one accumulation dtype.
-        backend: the resolved name.
-    """
-    dtype = accumulation_dtype(vectors[0].dtype)
-    if validation.is_soft(targets):
-        members = soft_targets.membership(targets, min_count)
-        counts = members.counts
-        alpha = soft_targets.confusion_weights(logits, members, dtype)
-        moments = [soft_targets.class_moments(z, members.shares, eps, dtype) for z in vectors]
-    else:
-        operations = OPERATIONS[backend]
-        order, offsets, classes = operations.group_by_class(targets, min_count)
-        counts = offsets.diff()
-        alpha = operations.confusion_weights(logits.detach(), order, offsets, classes).to(dtype)
-        moments = [ClassMoments.apply(z, order, offsets, eps, backend) for z in vectors]
-    pairs = select_pairs(alpha, top_m, eps, backend)
-    distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
-    return Steps(counts, [var for _, var in moments], distance, weights)
+    options: OverlapOptions,
+) -> Tensor:
+    """`loss` with options that were checked."""
+    given = read_targets(logits, targets)
+    vectors = common_vectors(features, logits)
+    backend = backends.resolve(options.backend, logits.device.type)
+    processes = process_group(options.group)
+    if processes is None:
+        return steps.regularizer(vectors, logits, given, options, backend)
+    if torch.compiler.is_compiling():
+        # A literal, which the error of fullgraph=True shows.
+        torch._dynamo.graph_break("the number of usable classes is read on the host")
+    # At the call, since it loads torch._dynamo, a second that most programs need not wait.
+    regularizer = torch.compiler.disable(steps.regularizer)
+    value: Tensor = regularizer(vectors, logits, given, options, backend, processes)
+    return value
 
 
 def common_vectors(
@@ -191,9 +151,12 @@ def common_vectors(
 
 
 def scale_match(
-    ce: Tensor, reg: Tensor, eps: float = 1e-6, *, objective: str = "overlap"
+    ce: Tensor, reg: Tensor, eps: float = 1e-6, *, objective: Objective = "overlap"
 ) -> Tensor:
-    """The total loss `ce + stopgrad(ce / (reg + eps)) * reg`: both terms of equal value.
+    """The published weight of the published regularizer; `CWBR` needs no weight and no such call.
+
+    The total loss `ce + stopgrad(ce / (reg + eps)) * reg` has two terms of equal value, but not of
+    equal gradient: a small `reg` is multiplied by a large number, which harms training.
 
     For `objective="log_overlap"`, where `reg` is a logarithm, the same weighting in its limit:
     the gradient is `grad ce + ce grad reg`, and the value is `ce`.
@@ -211,7 +174,7 @@ def scale_match(
     validation.check_float_tensor("ce", ce, "()")
     validation.check_float_tensor("reg", reg, "()")
     validation.check_same_device("reg", reg, "ce", ce)
-    validation.check_options(None, eps, objective)
+    OverlapOptions(eps=eps, objective=objective).check()
     ce, reg = ce.to(accumulation_dtype(ce.dtype)), reg.to(accumulation_dtype(reg.dtype))
     if objective == "log_overlap":
         return ce + ce.detach() * (reg - reg.detach())

@@ -1,43 +1,23 @@
 """The published form in pure PyTorch, with the signatures of `cwbr_fused.functional`.
 
 `backend` and `group` are accepted so that calls can be swapped; they change nothing. Every function
-is differentiable by ordinary autograd, also twice.
+is differentiable by ordinary autograd, also twice. Arguments are not checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from cwbr_fused.inputs import soft_targets
-from cwbr_fused.inputs.pooling import to_vec
-from cwbr_fused.operations.reference import (
-    accumulation_dtype,
-    all_pair_distance,
-    class_moments,
-    confusion_weights,
-    group_by_class,
-    groups_of_inverse,
-    overlap,
-    pair_distance,
-    sample_groups,
-    top_pairs,
-    upper_pairs,
-)
-from cwbr_fused.overlap.adjustments import (
-    Adjustment,
-    Noise,
-    Pairs,
-    Shrinkage,
-    Temperature,
-    adjusted_distance,
-    every_pair,
-    layer_distances,
-    overlap_distance,
-    shrink_variance,
-)
+from cwbr_fused.inputs.targets import read_targets
+from cwbr_fused.operations.autograd import PLAIN
+from cwbr_fused.operations.reference import confusion_weights, groups_of_inverse
+from cwbr_fused.overlap import steps
+from cwbr_fused.overlap.adjustments import Noise, shrink_variance
+from cwbr_fused.overlap.loss import common_vectors, scale_match
+from cwbr_fused.overlap.options import Objective, OverlapOptions, Temperature
 
 __all__ = [
     "bhat_confusion_loss",
@@ -54,12 +34,7 @@ def class_stats_diag(
     z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `cwbr_fused.functional.class_stats_diag`."""
-    order, offsets, classes = group_by_class(y, min_count)
-    mean, var = class_moments(z, order, offsets, eps)
-    used = int((classes >= 0).sum())
-    group = sample_groups(order, offsets)
-    inv = torch.where(group < used, group, -1)
-    return classes[:used], mean[:used], var[:used], offsets.diff()[:used], inv
+    return steps.class_statistics(z, y, eps, min_count, PLAIN)
 
 
 def confusion_alpha(
@@ -68,16 +43,6 @@ def confusion_alpha(
     """See `cwbr_fused.functional.confusion_alpha`."""
     order, offsets = groups_of_inverse(inv, classes.shape[0])
     return confusion_weights(logits.detach(), order, offsets, classes)
-
-
-def select_pairs(alpha: Tensor, top_m: int | None, eps: float) -> Pairs:
-    """The `top_m` pairs of largest alpha, or all, and their distance."""
-    if top_m is None:
-        i, j = upper_pairs(alpha)
-        return Pairs(i, j, alpha[i, j], lambda m, v: all_pair_distance(m, v, eps)[i, j])
-    pairs, weights = top_pairs(alpha, top_m)
-    i, j = pairs.unbind(1)
-    return Pairs(i, j, weights, lambda m, v: pair_distance(m, v, pairs, eps))
 
 
 def bhattacharyya_diag(
@@ -90,11 +55,7 @@ def bhattacharyya_diag(
     noise_floor: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `cwbr_fused.functional.bhattacharyya_diag`."""
-    groups = mu.shape[0]
-    pairs = every_pair(groups, mu.device, lambda m, v: all_pair_distance(m, v, eps))
-    flat = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
-    distance = flat.view(groups, groups)
-    return distance, torch.exp(-overlap_distance(distance))
+    return steps.distance_matrix(steps.Layer(mu, var, noise_floor), eps, temperature, PLAIN)
 
 
 def bhat_confusion_loss(
@@ -104,59 +65,23 @@ def bhat_confusion_loss(
     top_m: int | None = 64,
     eps: float = 1e-6,
     *,
-    objective: str = "overlap",
+    objective: Objective = "overlap",
     backend: str = "auto",
     temperature: Temperature = None,
     noise_floor: Noise | None = None,
 ) -> Tensor:
     """See `cwbr_fused.functional.bhat_confusion_loss`."""
-    pairs = select_pairs(alpha.detach(), top_m, eps)
-    distance = adjusted_distance(pairs, mu, var, eps, temperature, noise_floor)
-    log = objective == "log_overlap"
-    return overlap(overlap_distance(distance), pairs.weights, eps, log)
+    options = OverlapOptions(top_m, eps=eps, objective=objective, temperature=temperature)
+    return steps.overlap(alpha.detach(), [steps.Layer(mu, var, noise_floor)], options, PLAIN)
 
 
 def loss(
     features: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     logits: Tensor,
     targets: Tensor,
-    *,
-    top_m: int | None = 64,
-    min_count: int = 2,
-    eps: float = 1e-6,
-    objective: str = "overlap",
-    backend: str = "auto",
-    group: object = None,
-    temperature: Temperature = None,
-    shrinkage: Shrinkage = None,
-    noise_floor: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """See `cwbr_fused.loss`."""
-    layers = features.values() if isinstance(features, Mapping) else features
-    vectors = [to_vec(layer) for layer in ([layers] if isinstance(layers, Tensor) else layers)]
-    adjustment = Adjustment(temperature, shrinkage, noise_floor)
-    if targets.dim() == 2:
-        members = soft_targets.membership(targets, min_count)
-        counts = members.counts
-        alpha = soft_targets.confusion_weights(logits, members, accumulation_dtype(logits.dtype))
-        moments = [
-            soft_targets.class_moments(z, members.shares, eps, accumulation_dtype(z.dtype))
-            for z in vectors
-        ]
-    else:
-        groups = group_by_class(targets, min_count)
-        counts = groups[1].diff()
-        alpha = confusion_weights(logits.detach(), *groups)
-        moments = [class_moments(z, *groups[:2], eps) for z in vectors]
-    pairs = select_pairs(alpha, top_m, eps)
-    distance, weights = layer_distances(pairs, moments, counts, eps, adjustment)
-    return overlap(distance, weights, eps, objective == "log_overlap").mean()
-
-
-def scale_match(
-    ce: Tensor, reg: Tensor, eps: float = 1e-6, *, objective: str = "overlap"
-) -> Tensor:
-    """See `cwbr_fused.scale_match`."""
-    if objective == "log_overlap":
-        return ce + ce.detach() * (reg - reg.detach())
-    return ce + (ce / (reg + eps)).detach() * reg
+    """See `cwbr_fused.loss`, whose keywords it takes."""
+    given = read_targets(logits, targets)
+    vectors = common_vectors(features, logits)
+    return steps.regularizer(vectors, logits, given, OverlapOptions(**options), PLAIN)

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cwbr_fused.inputs import soft_targets, validation
+from cwbr_fused.inputs import membership, validation
+from cwbr_fused.inputs.targets import Targets, read_targets
 from cwbr_fused.operations import backends
 from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.operations.distributed import process_group
 from cwbr_fused.operations.warning import CWBRWarning
-from cwbr_fused.overlap.adjustments import Adjustment, Shrinkage, Temperature, shrink_variance
-from cwbr_fused.overlap.loss import Steps, common_vectors, single_steps
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from cwbr_fused.overlap import steps
+from cwbr_fused.overlap.loss import common_vectors
+from cwbr_fused.overlap.options import OverlapOptions
 
 SILENT_PAIRS = 0.5  # of the chosen pairs
 CLAMPED_VARIANCES = 0.5  # of those of the used classes
@@ -82,36 +81,33 @@ def causes_in_batch(
     features: Mapping[str, Tensor],
     logits: Tensor,
     targets: Tensor,
-    *,
-    top_m: int | None,
-    min_count: int,
-    eps: float,
-    objective: str,
-    backend: str,
-    group: ProcessGroup | Literal["world"] | None,
-    temperature: Temperature,
-    shrinkage: Shrinkage,
-    noise_floor: bool,
+    options: OverlapOptions,
 ) -> dict[str, str]:
     """What is wrong with a batch, by cause: "classes", "underflow", "scale" or "clamp".
 
-    Takes the same operations as the loss, and waits for the device. Of a group of processes, whose
+    Takes the same steps as the loss, and waits for the device. Of a group of processes, whose
     joint statistics are not kept, only the value is judged.
 
     Args:
         value: what `cwbr_fused.loss` returned for the other arguments, which are its own.
     """
-    if _has_peers(group):
-        return {} if objective == "log_overlap" else _cause_in_value(value.item())
-    name = backends.resolve(backend, logits.device.type)
+    if process_group(options.group) is not None:
+        return {} if options.log else _cause_in_value(value.item())
+    eps, min_count = options.eps, options.min_count
+    backend = backends.resolve(options.backend, logits.device.type)
+    given = read_targets(logits, targets)
     vectors = common_vectors(features, logits)
-    adjustment = Adjustment(temperature, shrinkage, noise_floor)
-    steps = single_steps(vectors, logits, targets, top_m, min_count, eps, name, adjustment)
-    variances = steps.var
-    if shrinkage is not None:
-        variances = [shrink_variance(v, steps.counts, shrinkage, eps)[0] for v in variances]
-    present = _classes_present(targets, name)
-    batch = _measured(value, list(features), steps, variances, present, eps)
+    statistics = steps.statistics_of(vectors, logits, given, options, backend)
+    alpha, gaussians = steps.adjusted(statistics, options)
+    distance, weights = steps.distances(alpha, gaussians, options, backend)
+    batch = _measured(
+        value,
+        dict(zip(features, (layer.var <= eps for layer in gaussians), strict=True)),
+        statistics.counts > 0,
+        (torch.exp(-distance) == 0) & (weights > 0),
+        weights > 0,
+        _classes_present(given, logits.shape[1], backend),
+    )
 
     causes = {}
     if batch.usable < max(2, USABLE_CLASSES * batch.present):
@@ -124,7 +120,7 @@ def causes_in_batch(
         )
     if batch.usable < 2:
         return causes
-    if objective == "overlap":
+    if not options.log:
         if layers := _above(SILENT_PAIRS, batch.silent):
             causes["underflow"] = (
                 f"the overlap exp(-D) of the chosen pairs of classes underflows to 0 in {layers}: "
@@ -155,41 +151,38 @@ class _Measured(NamedTuple):
 
 def _measured(
     value: Tensor,
-    layers: list[str],
-    steps: Steps,
-    variances: list[Tensor],
+    clamped: Mapping[str, Tensor],
+    used: Tensor,
+    silent: Tensor,
+    chosen: Tensor,
     present: Tensor,
-    eps: float,
 ) -> _Measured:
-    """All numbers in one wait for the device."""
-    used, chosen = steps.counts > 0, steps.weights > 0
-    silent = (torch.exp(-steps.distance) == 0) & chosen
-    clamped = [((var <= eps) & used[:, None]).sum(0).double().mean() for var in variances]
+    """All numbers in one wait for the device.
+
+    Args:
+        clamped: by layer (K, D), which variances are at eps.
+        used: (K,) classes.
+        silent, chosen: (L, M) and (M,) pairs, the silent ones among the chosen.
+    """
+    shares = [(at_eps & used[:, None]).sum(0).to(value.dtype).mean() for at_eps in clamped.values()]
     numbers = [
         used.sum(),
         present,
         value,
         *(silent.sum(1) / chosen.sum().clamp(min=1)),
-        *(count / used.sum().clamp(min=1) for count in clamped),
+        *(share / used.sum().clamp(min=1) for share in shares),
     ]
-    usable, classes, reg, *shares = torch.stack([n.double() for n in numbers]).tolist()
-    silent_shares = dict(zip(layers, shares[: len(layers)], strict=True))
-    clamped_shares = dict(zip(layers, shares[len(layers) :], strict=True))
+    usable, classes, reg, *rest = torch.stack([n.to(value.dtype) for n in numbers]).tolist()
+    silent_shares = dict(zip(clamped, rest[: len(shares)], strict=True))
+    clamped_shares = dict(zip(clamped, rest[len(shares) :], strict=True))
     return _Measured(usable, classes, reg, silent_shares, clamped_shares)
 
 
-def _has_peers(group: ProcessGroup | Literal["world"] | None) -> bool:
-    if group is None:
-        return False
-    return process_group(group) is not None
-
-
-def _classes_present(targets: Tensor, backend: str) -> Tensor:
+def _classes_present(targets: Targets, columns: int, backend: str) -> Tensor:
     """How many classes the batch has a sample of, a scalar."""
-    if validation.is_soft(targets):
-        classes = soft_targets.membership(targets, 1).classes
-    else:
-        _, _, classes = OPERATIONS[backend].group_by_class(targets, 1)
+    if targets.shares is not None:
+        return (membership.of_targets(targets, columns, 1, targets.shares.dtype).counts > 0).sum()
+    _, _, classes = OPERATIONS[backend].group_by_class(targets.labels[:, 0], 1)
     return (classes >= 0).sum()
 
 

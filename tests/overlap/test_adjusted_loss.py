@@ -153,7 +153,7 @@ def test_nothing_given_is_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("cwbr_fused.overlap.loss.layer_distances", refuse)
+    monkeypatch.setattr("cwbr_fused.overlap.steps.distances", refuse)
     nothing: dict[str, Any] = {"temperature": None, "shrinkage": None, "noise_floor": False}
     assert torch.equal(cwbr_fused.loss(z, logits, y, **nothing), expected)
     with pytest.raises(AssertionError):

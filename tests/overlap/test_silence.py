@@ -18,6 +18,7 @@ from cwbr_fused import ConfusionWeightedBhatReg, PKSampler
 from cwbr_fused.operations import backends
 from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap import silence
+from cwbr_fused.overlap.options import OverlapOptions
 from cwbr_fused.overlap.silence import HealthCheck
 
 BACKENDS = [n for n in ("cpu", "reference") if backends.rejection(n, "cpu") is None]
@@ -155,14 +156,10 @@ def test_soft_targets_are_judged_by_their_weights(caught: list[warnings.WarningM
 
 def test_of_a_group_of_processes_only_the_value_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "process_group", lambda group: object())
-    options: dict[str, Any] = {"group": "world", "top_m": 8, "min_count": 2, "eps": 1e-6}
-    options |= {"backend": "auto", "temperature": None, "shrinkage": None, "noise_floor": False}
 
-    def causes(value: float, objective: str = "overlap") -> set[str]:
-        judged = silence.causes_in_batch(
-            torch.tensor(value), *no_class_twice(), objective=objective, **options
-        )
-        return set(judged)
+    def causes(value: float, objective: Any = "overlap") -> set[str]:
+        options = OverlapOptions(objective=objective, group="world")
+        return set(silence.causes_in_batch(torch.tensor(value), *no_class_twice(), options))
 
     assert causes(0.0) == causes(1e-9) == {"scale"}
     assert causes(0.3) == causes(float("nan")) == causes(-200.0, "log_overlap") == set()

@@ -15,7 +15,10 @@ from torch.nn.functional import one_hot
 
 import cwbr_fused
 from cwbr_fused import reference
-from cwbr_fused.inputs import soft_targets
+from cwbr_fused.inputs import membership
+from cwbr_fused.inputs.membership import Members
+from cwbr_fused.inputs.targets import read_soft
+from cwbr_fused.operations.autograd import PLAIN
 
 EPS = 1e-6
 OPTIONS: list[dict[str, Any]] = [{}, *ADJUSTED]
@@ -27,6 +30,10 @@ def mixed(y: Tensor, classes: int) -> Tensor:
     share = torch.linspace(0.1, 0.9, len(y), dtype=torch.float64)[:, None]
     rows = one_hot(y, classes).double()
     return share * rows + (1 - share) * rows.roll(1, 0)
+
+
+def members_of(targets: Tensor, min_count: float, dtype: torch.dtype = torch.float32) -> Members:
+    return membership.of_targets(read_soft(targets), targets.shape[1], min_count, dtype)
 
 
 def literal_loss(z: Tensor, logits: Tensor, targets: Tensor, top_m: int | None) -> Tensor:
@@ -65,21 +72,19 @@ def test_one_hot_rows_give_what_indices_give(options: dict[str, Any], objective:
 def test_moments_of_one_hot_rows_survive_classes_a_million_times_their_spread_apart() -> None:
     z, _, y = batch(1, 40, 3, 4)
     z = (z + 1e6 * y[:, None]).float()
-    members = soft_targets.membership(one_hot(y, 4).float(), 2)
-    mean, var = soft_targets.class_moments(z, members.shares, EPS, torch.float32)
+    members = members_of(one_hot(y, 4).float(), 2)
+    ((mean, var),) = membership.class_moments([z], members, EPS, PLAIN)
     truth = reference.class_moments(z.double(), *reference.group_by_class(y, 2)[:2], EPS)
     torch.testing.assert_close(mean, truth[0][:4].float())
-    # Squares of up to 1.5e6, of which the variance is what is left, round off in float64.
-    rounding = 2.0**-53 * 1.5e6**2
-    assert (var - truth[1][:4]).abs().max() <= 10 * rounding < 0.01 * truth[1][:4].max()
+    torch.testing.assert_close(var, truth[1][:4].float(), rtol=1e-5, atol=0)
     assert members.counts.tolist() == pytest.approx(y.bincount().tolist())
 
 
 @pytest.mark.parametrize("top_m", [3, None])
-@pytest.mark.parametrize("how", ["smoothed", "mixed", "unnormalised"])
+@pytest.mark.parametrize("how", ["mixed", "unnormalised"])
 def test_weighted_classes_equal_the_literal_formulas(how: str, top_m: int | None) -> None:
     z, logits, y = batch(2, 40, 5, 6)
-    targets = smoothed(y, 6, 0.2) if how == "smoothed" else mixed(y, 6)
+    targets = mixed(y, 6)
     if how == "unnormalised":
         targets = targets * torch.linspace(0.5, 1.5, 40)[:, None]
     expected = literal_loss(z, logits, targets, top_m)
@@ -98,11 +103,12 @@ def test_scaling_all_rows_changes_the_counts_alone() -> None:
 
 def test_a_class_counts_as_many_samples_as_its_weights_sum_to() -> None:
     targets = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.7, 0.3]])
-    members = soft_targets.membership(targets, 2)
+    members = members_of(targets, 2)
     assert members.classes.tolist() == [0, -1]
     assert members.counts.tolist() == pytest.approx([4 / 1.5, 0])
-    torch.testing.assert_close(members.shares.sum(0), torch.tensor([1.0, 0.0]).double())
-    everything = soft_targets.membership(targets, 1)
+    # Three of the places are of class 0, whose shares of it are 1/4, 1/4 and 1/2.
+    assert sorted(members.scale.flatten().tolist()) == pytest.approx([0] * 5 + [0.75, 0.75, 1.5])
+    everything = members_of(targets, 1)
     assert everything.classes.tolist() == [0, 1, -1]
 
 
@@ -111,8 +117,64 @@ def test_rounded_weights_of_two_samples_count_as_two() -> None:
     targets = torch.stack([share, 1 - share, torch.zeros(4)], dim=1)
     targets = torch.cat([targets, targets.flip(1)[:, [1, 2, 0]]])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        members = soft_targets.membership(targets.to(dtype) * 2 / targets[:, 1].sum(), 2)
+        members = members_of((targets * 2 / targets[:, 1].sum()).to(dtype), 2)
         assert 1 in members.classes.tolist()
+
+
+# ---- The floor of a row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("classes", "amount"), [(2, 0.1), (6, 0.2), (201, 0.1), (1000, 0.3)])
+def test_label_smoothing_says_what_the_labels_say(
+    classes: int, amount: float, dtype: torch.dtype
+) -> None:
+    y = torch.randint(1, classes, (40,), generator=torch.Generator().manual_seed(classes))
+    labels, shares = read_soft(smoothed(y, classes, amount).to(dtype))
+    assert shares is not None
+    assert torch.equal(labels[:, 0], y)
+    torch.testing.assert_close(shares[:, 0], torch.ones(40), rtol=0, atol=1e-2)
+    assert not shares[:, 1:].any()
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.1])
+def test_mixtures_keep_their_shares_with_or_without_smoothing(amount: float) -> None:
+    """Of two, three and four images, also in equal parts."""
+    weights = [
+        [0.7, 0.3],
+        [0.5, 0.5],
+        [0.5, 0.3, 0.2],
+        [1 / 3] * 3,
+        [0.4, 0.3, 0.2, 0.1],
+        [0.25] * 4,
+    ]
+    for parts in weights:
+        y = torch.stack([torch.randperm(201)[: len(parts)] for _ in range(20)])
+        rows = sum(w * smoothed(y[:, i], 201, amount).float() for i, w in enumerate(parts))
+        assert isinstance(rows, Tensor)
+        labels, shares = read_soft(rows)
+        assert shares is not None
+        found = torch.zeros(20, 201).scatter(1, labels, shares)
+        expected = torch.zeros(20, 201).scatter(1, y, torch.tensor(parts).expand(20, -1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert ((shares > 0).sum(1) == len(parts)).all()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[0.0] * 9, [1 / 9] * 9, [0.2] * 5 + [0.0] * 4, [0.112, *[0.111] * 8]],
+    ids=["zeros", "uniform", "five alike", "nearly uniform"],
+)
+def test_a_row_that_is_all_floor_is_an_unlabelled_sample(row: list[float]) -> None:
+    _, shares = read_soft(torch.tensor([row]))
+    assert shares is not None
+    assert not shares.any()
+    z, logits, y = batch(8, 30, 4, 9)
+    rows = one_hot(y, 9).double()
+    extended = [torch.cat([x, x[:1] + 1]) for x in (z, logits)]
+    with_row = torch.cat([rows, torch.tensor([row], dtype=torch.float64)])
+    value = cwbr_fused.loss(*extended, with_row)
+    torch.testing.assert_close(value, cwbr_fused.loss(z, logits, rows))
 
 
 @options_too
