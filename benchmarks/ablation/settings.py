@@ -28,6 +28,7 @@ class Characters(NamedTuple):
 
 GLYPHS_200 = Characters(GLYPHS, 200)
 GLYPHS_1000 = Characters(Path(__file__).parent / "data" / "glyphs1000.npz", 1000)
+TYPEFACES = Characters(Path(__file__).parent / "data" / "typefaces.npz", 400)
 
 
 @dataclass(frozen=True)
