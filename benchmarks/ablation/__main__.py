@@ -1,7 +1,7 @@
 """`make ablation`: runs what is missing, in the order of its worth, and writes the summary.
 
 Every run is one file in `runs/ablation`; stopping and starting again loses at most the runs under
-way. `--only METHOD ...` runs these, `--summary` only summarises, `--cost` only times the steps,
+way. `--only SETTING ...` runs these, `--summary` only summarises, `--cost` only times the steps,
 `--limit N` starts N runs at most, `--seconds S` starts none after S seconds.
 """
 
@@ -16,51 +16,50 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.ablation import cost
-from benchmarks.ablation.methods import METHODS
+from benchmarks.ablation.bases import BASES
 from benchmarks.ablation.settings import SETTINGS
 from benchmarks.ablation.summary import Job, load, summarise
 from benchmarks.ablation.training import execute
 
 RUNS = Path("runs/ablation")
-MAIN = ("ce", "CWBR", "pull")
-# (setting, methods, seeds) in the order in which they are started.
-PLAN: tuple[tuple[str, tuple[str, ...], range], ...] = (
-    ("resnet, 5 images", (*MAIN, "ce again"), range(5)),
-    ("resnet, 50 images", MAIN, range(5)),
-    ("resnet, 15 images", MAIN, range(5)),
-    ("resnet, 5 images", ("random push", "ce pk", "published"), range(3)),
-    ("fine-tuning, 5 images", MAIN, range(3)),
-    ("resnet, 15 images", ("ce pk",), range(3)),
-    ("vit, 50 images", MAIN, range(3)),
-    ("resnet, 50 images", ("ce pk", "ce again"), range(3)),
-    (
-        "resnet, 5 images",
-        ("random push", "ce pk", "repaired", "pair bank", "fixed ratio"),
-        range(5),
-    ),
-    ("resnet, 15 images", ("random push", "ce again", "ce pk", "published"), range(5)),
-    ("resnet, 1000 classes", (*MAIN, "random push"), range(3)),
-    ("fine-tuning, 5 images", (*MAIN, "random push"), range(5)),
-    ("vit, 50 images", MAIN, range(5)),
-    ("resnet, 15 images", ("log overlap", "repaired"), range(2)),
+MAIN = ("alone", "CWBR")
+RIVALS = (
+    "center loss",
+    "centers everywhere",
+    "SupCon",
+    "deep supervision",
+    "pairwise confusion",
+    "published",
+)
+# (settings, bases, methods, seeds) in the order in which they are started.
+PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], range], ...] = (
+    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), MAIN, range(3)),
+    (tuple(SETTINGS), ("label smoothing", "mixup"), MAIN, range(3)),
+    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), ("pull",), range(3)),
+    (tuple(SETTINGS), ("cross-entropy",), RIVALS, range(2)),
+    (tuple(SETTINGS), ("cosine", "averaged", "all three"), MAIN, range(3)),
+    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(5)),
 )
 
 
-def missing() -> Iterator[Job]:
-    planned = {
-        Job(setting, method, seed): None
-        for setting, methods, seeds in PLAN
+def planned() -> Iterator[Job]:
+    """Every job once."""
+    yield from dict.fromkeys(
+        Job(setting, base, method, seed)
+        for settings, bases, methods, seeds in PLAN
         for seed in seeds
+        for base in bases
+        for setting in settings
         for method in methods
-    }
-    yield from (job for job in planned if not job.path(RUNS).exists())
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--base", nargs="+", choices=BASES, default=list(BASES))
     parser.add_argument("--limit", type=int)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -68,7 +67,11 @@ def main() -> None:
     if options.cost:
         cost.write()
         return
-    wanted = [job for job in missing() if job.method in options.only]
+    wanted = [
+        job
+        for job in planned()
+        if job.setting in options.only and job.base in options.base and not job.path(RUNS).exists()
+    ]
     jobs = [] if options.summary else wanted[: options.limit]
     started, under_way = time.monotonic(), set[Future[Job]]()
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
@@ -83,7 +86,7 @@ def main() -> None:
             under_way.add(pool.submit(execute, job, RUNS))
         for future in under_way:
             print(f"{time.monotonic() - started:6.0f} s", *future.result(), flush=True)
-    summarise(load(RUNS, SETTINGS, range(9)))
+    summarise(load(RUNS, planned()))
 
 
 if __name__ == "__main__":

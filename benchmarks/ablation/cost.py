@@ -14,32 +14,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation.methods import METHODS
-from benchmarks.ablation.settings import SETTINGS, Glyphs
-from benchmarks.ablation.training import take_step
-from cwbr_fused import FeatureCatcher
+from benchmarks.ablation.settings import SETTINGS
+from benchmarks.ablation.summary import Job
+from benchmarks.ablation.training import Run
 
 COST = Path(__file__).parents[1] / "results" / "ablation_cost.csv"
 WARM_UP, STEPS = 4, 30
 
 
-def measure(setting_name: str) -> tuple[float, float]:
+def measure(setting: str) -> tuple[float, float]:
     """Median seconds of a step with cross-entropy alone, and median ratio of CWBR's to its."""
     torch.set_num_threads(1)
-    setting = replace(SETTINGS[setting_name], steps=WARM_UP + STEPS)
-    torch.manual_seed(0)
-    network = setting.network(setting.classes)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    catcher = FeatureCatcher(network, setting.layers)
-    optimizer = setting.optimizer(network.parameters())
-    methods = {name: METHODS[name].make(setting.classes) for name in ("ce", "CWBR")}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for images, targets in Glyphs(setting, 0).batches("shuffle"):
-        for name, step in methods.items():
+    runs = [Run(Job(setting, "cross-entropy", method, 0)) for method in ("alone", "CWBR")]
+    data = runs[0].data
+    data.setting = replace(data.setting, steps=WARM_UP + STEPS)
+    seconds: list[list[float]] = [[], []]
+    for images, targets in data.batches():
+        for run, spent in zip(runs, seconds, strict=True):
             started = time.thread_time()
-            take_step(network, catcher, optimizer, step, images, targets)
-            seconds[name].append(time.thread_time() - started)
-    plain, ours = (seconds[name][WARM_UP:] for name in methods)
+            run.step(images, targets)
+            spent.append(time.thread_time() - started)
+    plain, ours = (spent[WARM_UP:] for spent in seconds)
     ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))
     return statistics.median(plain), ratio
 

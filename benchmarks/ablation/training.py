@@ -3,38 +3,101 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from benchmarks.ablation.methods import METHODS, Step
-from benchmarks.ablation.settings import SETTINGS, Glyphs, Setting
+from benchmarks.ablation import bases
+from benchmarks.ablation.bases import BASES
+from benchmarks.ablation.data import Images
+from benchmarks.ablation.methods import METHODS, Method
+from benchmarks.ablation.settings import SETTINGS
 from benchmarks.ablation.summary import Job
-from cwbr_fused import FeatureCatcher, to_vec
-from cwbr_fused.diagnostics import linear_probe, top_confusing_pairs
+from cwbr_fused import FeatureCatcher
 
-PAIRS = 20
 EVALUATION_BATCH = 256
 
 Result = dict[str, Any]
 
 
-def run(setting_name: str, method_name: str, seed: int) -> Result:
-    """Trains and measures; the same seed gives every method the same weights and batches."""
+class Run:
+    """A network in training; the same seed gives every method the same weights and batches."""
+
+    def __init__(self, job: Job) -> None:
+        self.setting, self.base = SETTINGS[job.setting], BASES[job.base]
+        self.data = Images(self.setting, job.seed)
+        torch.manual_seed(job.seed)
+        network = bases.with_head(self.setting.network(self.setting.classes), self.base)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.catcher = FeatureCatcher(self.network, self.setting.layers)
+        widths = self._widths()
+        self.method: Method = METHODS[job.method].make(self.setting.classes, widths)
+        self.optimizer = self.setting.optimizer(nn.ModuleList([self.network, self.method]))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in self.optimizer.param_groups],
+            total_steps=self.setting.steps,
+            pct_start=0.2,
+        )
+        self.mixing = torch.Generator().manual_seed(job.seed + 1)
+
+    @torch.no_grad()
+    def _widths(self) -> dict[str, int]:
+        """How many channels each layer has."""
+        self.network.eval()
+        self.network(self.data.prepared(self.data.images["val"][:1]))
+        widths = {name: layer.shape[1] for name, layer in self.catcher.feats.items()}
+        self.catcher.clear()
+        return widths
+
+    def train(self) -> None:
+        average = (
+            bases.MovingAverage(self.network, self.base.average) if self.base.average else None
+        )
+        self.network.train()
+        for images, targets in self.data.batches():
+            self.step(images, targets)
+            self.schedule.step()
+            if average is not None:
+                average.follow()
+        if average is not None:
+            average.take_over()
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        images, targets = bases.mixed(self.base, images, targets, self.setting.classes, self.mixing)
+        logits = self.network(images)
+        loss = bases.loss(self.base, logits, targets)
+        total = self.method(self.catcher.feats, logits, targets, loss)
+        self.catcher.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def predictions(self, part: str) -> Tensor:
+        self.network.eval()
+        logits = []
+        for images in self.data.images[part].split(EVALUATION_BATCH):
+            logits.append(self.network(self.data.prepared(images)))
+            self.catcher.clear()
+        return torch.cat(logits).argmax(1)
+
+
+def run(job: Job) -> Result:
     torch.set_num_threads(1)
-    setting, method = SETTINGS[setting_name], METHODS[method_name]
-    data = Glyphs(setting, seed)
-    torch.manual_seed(seed + method.init_offset)
-    network = setting.network(setting.classes)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    catcher = FeatureCatcher(network, setting.layers)
-    step = method.make(setting.classes)
-    _train(setting, network, catcher, step, data, method.sampler)
-    return _measure(network, catcher, data)
+    started = time.process_time()
+    training = Run(job)
+    training.train()
+    correct = {
+        part: training.predictions(part) == training.data.targets[part]
+        for part in ("train", "val", "test")
+    }
+    accuracy = {part: 100 * float(right.double().mean()) for part, right in correct.items()}
+    return {**accuracy, "seconds": time.process_time() - started}
 
 
 def execute(job: Job, folder: Path) -> Job:
@@ -42,79 +105,8 @@ def execute(job: Job, folder: Path) -> Job:
     path = job.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    result = run(*job)
+    result = run(job)
     with partial.open("wb") as file:
         np.savez(file, **result)
     os.replace(partial, path)
     return job
-
-
-def _train(
-    setting: Setting,
-    network: nn.Module,
-    catcher: FeatureCatcher,
-    step: Step,
-    data: Glyphs,
-    kind: str,
-) -> None:
-    optimizer = setting.optimizer(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, setting.peak_lr, total_steps=setting.steps, pct_start=0.2
-    )
-    network.train()
-    for images, targets in data.batches(kind):
-        take_step(network, catcher, optimizer, step, images, targets)
-        schedule.step()
-
-
-def take_step(
-    network: nn.Module,
-    catcher: FeatureCatcher,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    images: Tensor,
-    targets: Tensor,
-) -> None:
-    """One training step with a method."""
-    logits = network(images)
-    ce = cross_entropy(logits, targets)
-    total = step(catcher.feats, logits, targets, ce)
-    catcher.clear()
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    optimizer.step()
-
-
-@torch.no_grad()
-def _outputs(
-    network: nn.Module, catcher: FeatureCatcher, data: Glyphs, part: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    logits: list[Tensor] = []
-    vectors: dict[str, list[Tensor]] = {name: [] for name in data.setting.layers}
-    for images in data.images[part].split(EVALUATION_BATCH):
-        logits.append(network(data.prepared(images)))
-        for name, feature in catcher.feats.items():
-            vectors[name].append(to_vec(feature))
-        catcher.clear()
-    return torch.cat(logits), {name: torch.cat(v) for name, v in vectors.items()}
-
-
-def _measure(network: nn.Module, catcher: FeatureCatcher, data: Glyphs) -> Result:
-    """Pairs are picked on the validation fonts; all else is of the test fonts, but val_accuracy."""
-    network.eval()
-    _, train = _outputs(network, catcher, data, "train")
-    val_logits, _ = _outputs(network, catcher, data, "val")
-    test_logits, test = _outputs(network, catcher, data, "test")
-    targets = data.targets
-    pairs, _ = top_confusing_pairs(val_logits, targets["val"], PAIRS)
-    probes = [
-        linear_probe(train[name], targets["train"], test[name], targets["test"])
-        for name in data.setting.layers
-    ]
-    return {
-        "val_accuracy": (val_logits.argmax(1) == targets["val"]).double().mean().item(),
-        "predictions": test_logits.argmax(1).to(torch.int16).numpy(),
-        "targets": targets["test"].to(torch.int16).numpy(),
-        "pairs": pairs.to(torch.int16).numpy(),
-        "probes": np.array(probes),
-    }

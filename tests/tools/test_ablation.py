@@ -1,8 +1,9 @@
-"""The ablation pairs its runs, runs every method, and counts what it says."""
+"""The ablation pairs its runs, runs every method on every base, and counts what it says."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,138 +11,123 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ablation import cost, settings, summary, training
+from benchmarks.ablation import bases, cost, data, settings, summary, training
+from benchmarks.ablation.bases import BASES
+from benchmarks.ablation.data import Images
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.summary import Job
 
-SETTING = "resnet, 5 images"
-MANY_CLASSES = "resnet, 1000 classes"
+CHARACTERS, TYPEFACES = "characters, 5 images", "typefaces"
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps on small batches."""
-    for name in (SETTING, MANY_CLASSES):
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three steps on small batches of a few images."""
+    for name in (CHARACTERS, TYPEFACES):
         brief = dataclasses.replace(
-            settings.SETTINGS[name], steps=3, batch_size=16, images_per_class=2
+            settings.SETTINGS[name], steps=3, batch_size=16, images_per_class=2, classes=20
         )
         monkeypatch.setitem(settings.SETTINGS, name, brief)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 64)
-    load = np.load
-
-    def few(path: Path) -> Any:
-        arrays = dict(load(path))
-        for part in ("val", "test"):
-            for key in (f"x{part}", f"y{part}"):
-                arrays[key] = arrays[key][:300]
-        return _Context(arrays)
-
-    monkeypatch.setattr(settings.np, "load", few)
-
-
-class _Context(dict[str, Any]):
-    def __enter__(self) -> _Context:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
-    ("setting", "method"), [*((SETTING, method) for method in METHODS), (MANY_CLASSES, "CWBR")]
+    ("base", "method"),
+    [
+        *(("cross-entropy", method) for method in METHODS),
+        *((base, "CWBR") for base in BASES),
+    ],
 )
-def test_every_method_trains_and_is_measured(setting: str, method: str) -> None:
-    threads = torch.get_num_threads()
-    try:
-        result = training.run(setting, method, 0)
-    finally:
-        torch.set_num_threads(threads)
-    assert result["predictions"].shape == (300,)
-    assert result["pairs"].shape == (20, 2)
-    assert ((result["probes"] >= 0) & (result["probes"] <= 1)).all()
+def test_every_method_and_every_base_trains_and_is_measured(base: str, method: str) -> None:
+    result = training.run(Job(TYPEFACES, base, method, 0))
+    assert all(0 <= result[part] <= 100 for part in data.PARTS)
 
 
-def test_batches_depend_on_the_seed_alone() -> None:
-    brief = dataclasses.replace(settings.SETTINGS[SETTING], steps=4)
-    one, same, other = (list(settings.Glyphs(brief, s).batches("shuffle")) for s in (1, 1, 2))
+@pytest.mark.usefixtures("short")
+def test_every_method_starts_from_the_same_weights_and_ends_at_others() -> None:
+    def trained(method: str) -> tuple[torch.Tensor, torch.Tensor]:
+        run = training.Run(Job(CHARACTERS, "cross-entropy", method, 0))
+        before = run.network.stem[0].weight.clone()
+        run.train()
+        return before, run.network.stem[0].weight
+
+    starts, ends = zip(*map(trained, METHODS), strict=True)
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    alone = list(METHODS).index("alone")
+    changed = [m for m, end in zip(METHODS, ends, strict=True) if not torch.equal(end, ends[alone])]
+    assert set(changed) >= {"CWBR", "center loss", "SupCon", "deep supervision", "published"}
+
+
+def test_batches_depend_on_the_seed_alone_and_every_image_is_moved_for_itself() -> None:
+    brief = dataclasses.replace(settings.SETTINGS[CHARACTERS], steps=4)
+    one, same, other = (list(Images(brief, seed).batches()) for seed in (1, 1, 2))
     for (x, y), (x_same, y_same), (x_other, _) in zip(one, same, other, strict=True):
         assert torch.equal(x, x_same)
         assert torch.equal(y, y_same)
         assert not torch.equal(x, x_other)
+    image = torch.zeros(2, 1, 32, 32)
+    image[:, :, 12:20, 12:20] = 1
+    limits = settings.CHARACTERS._replace(noise=0)
+    moved = data.augmented(image, 0.0, limits, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved[0], moved[1])
+    still = settings.Augmentation(*[0.0] * 6)
+    kept = data.augmented(image, 0.0, still, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kept, image, atol=1e-5, rtol=0)
 
 
 def test_shuffled_batches_show_every_image_once_before_any_again() -> None:
-    brief = dataclasses.replace(settings.SETTINGS[SETTING], steps=8, batch_size=125)
-    data = settings.Glyphs(brief, 0)
-    counts = torch.cat([y for _, y in data.batches("shuffle")]).bincount(minlength=200)
+    brief = dataclasses.replace(settings.SETTINGS[CHARACTERS], steps=8, batch_size=125)
+    counts = torch.cat([y for _, y in Images(brief, 0).batches()]).bincount(minlength=200)
     assert counts.eq(5).all()
 
 
-def test_every_class_is_in_every_part_as_often_and_no_image_twice() -> None:
-    with np.load(settings.GLYPHS_1000.path) as arrays:
-        images = np.concatenate([arrays[f"x{part}"] for part in settings.PARTS])
-        for part in settings.PARTS:
-            counts = np.bincount(arrays[f"y{part}"], minlength=settings.GLYPHS_1000.classes)
-            assert counts.tolist() == [counts[0]] * settings.GLYPHS_1000.classes
-        assert len(set(arrays["chars"])) == settings.GLYPHS_1000.classes
-    assert images.max() == 15
-    # No blank among them, and no box for a character that a font lacks.
-    assert len({image.tobytes() for image in images}) == len(images)
+@pytest.mark.parametrize(
+    ("source", "names"), [(settings.GLYPHS_1000, "chars"), (settings.TYPEFACES, "faces")]
+)
+def test_every_class_is_in_every_part_as_often(source: settings.Source, names: str) -> None:
+    with np.load(source.path) as arrays:
+        images = [arrays[f"x{part}"] for part in data.PARTS]
+        for part in data.PARTS:
+            counts = np.bincount(arrays[f"y{part}"], minlength=source.classes)
+            assert counts.tolist() == [counts[0]] * source.classes
+        assert len(set(arrays[names])) == source.classes
+    assert max(part.max() for part in images) == 15
+    blank = [int((part.reshape(len(part), -1).max(1) == 0).sum()) for part in images]
+    assert blank == [0, 0, 0]
 
 
-def result(accuracy: float, val: float, pairs: Any = ((0, 1),)) -> dict[str, Any]:
-    """Of 100 samples of class 0 and 100 of class 1, taken for each other at the error rate."""
-    targets = np.repeat([0, 1], 100)
-    wrong = np.arange(200) % 100 >= 100 * accuracy
-    return {
-        "predictions": np.where(wrong, 1 - targets, targets).astype(np.int16),
-        "targets": targets.astype(np.int16),
-        "pairs": np.array(pairs, dtype=np.int16),
-        "probes": np.array([accuracy / 2]),
-        "val_accuracy": np.array(val),
-    }
+def test_the_margin_makes_the_own_class_harder_and_leaves_the_others() -> None:
+    base = BASES["ArcFace"]
+    logits, targets = 16 * torch.tensor([[0.9, 0.1, -0.2]]), torch.tensor([0])
+    harder = bases._with_margin(logits, targets, base)
+    assert harder[0, 0] == pytest.approx(16 * np.cos(np.arccos(0.9) + 0.2), rel=1e-5)
+    assert torch.equal(harder[0, 1:], logits[0, 1:])
 
 
-def test_differences_are_paired_and_against_the_better_baseline() -> None:
-    runs = {
-        "ce": ([0.80, 0.90], 0.7),
-        "ce pk": ([0.84, 0.92], 0.8),
-        "CWBR": ([0.86, 0.96], 0.9),
-    }
+def result(test: float, val: float = 50.0) -> dict[str, Any]:
+    return {"train": 90.0, "val": val, "test": test}
+
+
+def test_gains_are_paired_by_seed_on_the_same_base() -> None:
     results = {
-        Job(SETTING, method, seed): result(accuracy, val)
-        for method, (accuracies, val) in runs.items()
+        Job(TYPEFACES, base, method, seed): result(accuracy)
+        for base, method, accuracies in (
+            ("ArcFace", "alone", (80, 90)),
+            ("ArcFace", "CWBR", (82, 94)),
+            ("ArcFace", "pull", (81, 91)),
+            ("cross-entropy", "alone", (50, 50)),
+        )
         for seed, accuracy in enumerate(accuracies)
     }
-    found = {(row.method, row.metric): row for row in summary.rows(results)}
-    row = found["CWBR", summary.ACCURACY]
-    assert row.baseline == "ce pk"
-    assert row.difference == pytest.approx(3)
+    found = {(row.base, row.method, row.against): row for row in summary.rows(results)}
+    row = found["ArcFace", "CWBR", "alone"]
     # Differences 2 and 4: standard deviation sqrt(2), t of one degree of freedom 12.706.
-    assert row.high - row.low == pytest.approx(2 * 12.706)
-    assert found["CWBR", summary.PAIRS].difference == pytest.approx(-3)
-    assert found["CWBR", "probe of layer 1"].difference == pytest.approx(1.5)
-
-
-def test_pairs_are_those_of_the_cross_entropy_run() -> None:
-    results = {
-        Job(SETTING, "ce", 0): result(0.8, 0.7, pairs=((0, 1),)),
-        Job(SETTING, "CWBR", 0): result(0.9, 0.7, pairs=((2, 3),)),
-    }
-    found = {(row.method, row.metric): row for row in summary.rows(results)}
-    assert found["CWBR", summary.PAIRS].mean == pytest.approx(10)
-
-
-def test_the_recommended_form_is_also_compared_with_its_pull() -> None:
-    results = {
-        Job(SETTING, method, 0): result(accuracy, 0.7)
-        for method, accuracy in (("ce", 0.8), ("pull", 0.88), ("CWBR", 0.9))
-    }
-    found = {(row.method, row.baseline, row.metric): row for row in summary.rows(results)}
-    assert found["CWBR", "pull", summary.ACCURACY].difference == pytest.approx(2)
-    assert found["CWBR", "ce", summary.ACCURACY].difference == pytest.approx(10)
-    assert "CWBR against pull | 1 | " in summary.table(summary.rows(results))
+    assert (row.seeds, row.gain, row.half) == (2, pytest.approx(3), pytest.approx(12.706))
+    assert found["ArcFace", "CWBR", "pull"].gain == pytest.approx(2)
+    assert ("cross-entropy", "CWBR", "alone") not in found
 
 
 def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +135,7 @@ def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "STEPS", 3)
     threads = torch.get_num_threads()
     try:
-        seconds, ratio = cost.measure(SETTING)
+        seconds, ratio = cost.measure(CHARACTERS)
     finally:
         torch.set_num_threads(threads)
     assert seconds > 0
@@ -158,14 +144,13 @@ def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_and_figure_show_what_there_is(tmp_path: Path) -> None:
     results = {
-        Job(SETTING, method, seed): result(0.8 + 0.01 * seed, 0.7)
-        for method in ("ce", "CWBR")
+        Job(TYPEFACES, "ArcFace", method, seed): result(accuracy + seed)
+        for method, accuracy in (("alone", 80.0), ("CWBR", 81.5))
         for seed in range(3)
     }
     found = summary.rows(results)
-    text = summary.table(found)
-    assert "| CWBR | 3 |" in text
-    assert "ce pk |" not in text
-    assert "| **CWBR** | 81.0 (+0.0 ± 0.0) |" in summary.readme_table(found)
+    assert "| ArcFace | CWBR | 3 | 82.5 | +1.5 ± 0.0 | +0.0 |" in summary.table(found)
+    assert "| ArcFace, CWBR | 81.0 **+1.5 ± 0.0** |" in summary.readme_table(found)
+    assert "SupCon |" not in summary.readme_table(found)
     summary.draw(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
