@@ -48,7 +48,7 @@ def faces(folder: Path) -> list[Path]:
     found = sorted(
         (p for p in folder.rglob("*") if p.suffix in (".ttf", ".otf")), key=lambda p: p.name
     )
-    unique = {path.name: path for path in found}
+    unique = {path.stem: path for path in found}
     return [path for path in unique.values() if _draws_every_letter(path)]
 
 
