@@ -23,8 +23,8 @@ class Images:
         images, self.targets = {}, {}
         with np.load(setting.source.path) as arrays:
             for part in PARTS:
-                targets = torch.from_numpy(arrays[f"y{part}"]).long()
-                kept = targets < setting.classes
+                targets = torch.from_numpy(arrays[f"y{part}"]).long() - setting.first_class
+                kept = (targets >= 0) & (targets < setting.classes)
                 images[part] = torch.from_numpy(arrays[f"x{part}"]).float()[kept]
                 self.targets[part] = targets[kept]
         chosen = first_per_class(self.targets["train"], setting.images_per_class, seed)

@@ -18,9 +18,11 @@ harmful on narrow ones:
 - Each sample is pulled to its own class mean as well as pushed from those it is confused with, each
   with the probability that the model gives it.
 - The weight is set where it acts: at each layer's feature, in the one backward pass, the gradient
-  gets `ratio * p * |g| / |r| * r` added, where g is the incoming gradient, r that of the energy and
-  p the mean probability that the model gives the right class. So early in training, when class
-  means mean little, the network hardly feels it. A scaled loss (AMP, accumulation) scales it too.
+  gets `ratio * trust * |g| / |r| * r` added, where g is the incoming gradient and r that of the
+  energy. The trust, in [0, 1], asks how often the nearest class mean is right at that layer, and
+  whether the model has something left to learn (`balanced.trust`). So the network hardly feels it
+  early in training, when class means mean little, nor in layers where a class varies by what later
+  layers need. A scaled loss (AMP, accumulation) scales it too.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cwbr_fused.balanced import trust
 from cwbr_fused.balanced.balance import Balance
 from cwbr_fused.balanced.bank import ClassBank
 from cwbr_fused.balanced.banks import Banks
@@ -74,9 +77,11 @@ class CWBR(nn.Module):
 
     Args:
         num_classes: C, the number of columns of the logits.
-        ratio: length of the added gradient at each feature, relative to the incoming one, for a
-            model that is certain of the right classes; multiplied by the mean probability of the
-            right class in the batch.
+        ratio: length of the added gradient at each feature, relative to the incoming one, where
+            the class means are fully trusted. It is multiplied by `4 h (1 - h) accuracy^4`: h the
+            share of the batch that the model classifies right, accuracy the share whose own class
+            mean is nearer than those of all classes they are confused with, at that layer and
+            before the means move. A batch of one sample adds nothing.
         push: weight of the repulsion from confused classes; 0 only pulls, a balanced center loss.
         confusions: how many classes each sample is pushed from.
         momentum: of the class means, see `ClassBank`.
@@ -156,14 +161,13 @@ class CWBR(nn.Module):
         banks = {name: self.banks.of(name, z, layers) for name, (_, z) in pooled.items()}
         vectors = [_vector(z, banks[name]) for name, (_, z) in pooled.items()]
         seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
-        index, coefficient, own = self._coefficients(backend, logits.detach(), given, seen)
+        index, coefficient, fits = self._coefficients(backend, logits.detach(), given, seen)
         train = self.training and torch.is_grad_enabled()
         if train:
             reasons = self._reasons(layers)
             classes, size, moments = self._moments(backend, vectors, given, processes)
-            ratio = self.ratio * self._mean(own, given, processes)
 
-        energies = []
+        energies, right, pulls = [], [fits], {}
         for layer, (name, bank) in enumerate(banks.items()):
             z = vectors[layer]
             if train:
@@ -176,13 +180,15 @@ class CWBR(nn.Module):
             )
             energies.append(energy.sum() / max(z.numel(), 1))
             if train:
+                near = trust.nearest(z, bank.mean, var, index, given.labels.shape[1])
+                right.append(near.to(fits.dtype))
                 bank.follow(classes, weight, mean, self.momentum, backend)
-                if reasons[name] in ("no graph", "too late"):
-                    continue
-                # Its length does not matter; without units it fits in half precision.
-                pull = self._spread(pooled[name], pull * var.mean().sqrt())
-                balance = Balance(pull, ratio, self._records[name], processes)
-                register_hook(layers[name], balance, logits)
+                if reasons[name] not in ("no graph", "too late"):
+                    # Its length does not matter; without units it fits in half precision.
+                    pulls[name] = self._spread(pooled[name], pull * var.mean().sqrt())
+        if train:
+            shares = self._mean(torch.stack(right), given, processes)
+            self._lay_ready(layers, logits, pulls, shares, processes)
         return torch.stack(energies).mean()
 
     def catch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> FeatureCatcher:
@@ -208,7 +214,10 @@ class CWBR(nn.Module):
         Returns:
             By layer: "ce_norm", the length of the loss's gradient at the feature; "reg_norm", that
             of what was added; "cosine" between the two, measured in the first two of every 16
-            backward passes. Layers that no gradient reached are absent.
+            backward passes; "accuracy" of the nearest class mean at the layer, and the "trust" that
+            follows, see `trust.strength`. A trust that stays near 0 says that the images of a class
+            differ too much there for a pull to its mean. Layers that no gradient reached are
+            absent.
         """
         numbers = {name: record.numbers() for name, record in self._records.items()}
         return {name: n for name, n in numbers.items() if n}
@@ -282,7 +291,10 @@ class CWBR(nn.Module):
     def _coefficients(
         self, backend: str, logits: Tensor, targets: Targets, seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes (B, S + J) that act on each sample, how strongly, and its own probability."""
+        """The classes (B, S + J) that act on each sample, how strongly, and whether it fits.
+
+        A sample fits, 1 and not 0, if its main class is more probable than all that push it.
+        """
         labels, shares = targets
         index, probability, own = OPERATIONS[backend].top_confusions(
             logits, labels[:, 0], seen, self.confusions
@@ -294,15 +306,16 @@ class CWBR(nn.Module):
             member = shares > 0
             also_own = (index[:, :, None] == labels[:, None]) & member[:, None]
             index = torch.where(also_own.any(2), -1, index)
-            probs = logits.to(own.dtype).softmax(1).gather(1, labels)
-            own = torch.where(member, probs, 0).sum(1)
+            probability = torch.where(also_own.any(2), 0, probability)
+            own = torch.where(member[:, 0], own, 0)
             known = (known | ~member).all(1, keepdim=True) & member[:, :1]
             mass = shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
             pull = (shares / mass).to(own.dtype)
             labels = torch.where(member, labels, -1)
         index = torch.cat([labels, index], 1)
         coefficient = torch.cat([pull, -self.push * probability], 1)
-        return torch.where(known, index, -1), coefficient, own
+        fits = (own[:, None] > probability).all(1) & (own > 0)
+        return torch.where(known, index, -1), coefficient, fits.to(own.dtype)
 
     def _moments(
         self,
@@ -324,14 +337,37 @@ class CWBR(nn.Module):
             moments = membership.class_moments(vectors, members, 0.0, backend)
         return members.classes, members.counts, moments
 
-    def _mean(self, own: Tensor, targets: Targets, processes: ProcessGroup | None) -> Tensor:
-        """The mean probability of the right class, over the labelled samples of all processes."""
+    def _mean(self, values: Tensor, targets: Targets, processes: ProcessGroup | None) -> Tensor:
+        """(R,) the means of (R, B) values over the labelled samples of all processes."""
         if targets.shares is None and processes is None:
-            return own.mean()
-        labelled = torch.ones_like(own) if targets.shares is None else targets.shares[:, 0] > 0
-        sums = torch.stack([own.sum(), labelled.sum().to(own.dtype)])
-        right, samples = sums if processes is None else distributed.all_reduce(sums, processes)
-        return right / samples.clamp(min=1)
+            return values.mean(1)
+        labelled = torch.ones_like(values[:1])
+        if targets.shares is not None:
+            labelled = (targets.shares[:, 0] > 0).to(values.dtype)[None]
+        sums = torch.cat([values, labelled]).sum(1)
+        if processes is not None:
+            sums = distributed.all_reduce(sums, processes)
+        return sums[:-1] / sums[-1].clamp(min=1)
+
+    def _lay_ready(
+        self,
+        layers: Mapping[str, Tensor],
+        logits: Tensor,
+        pulls: Mapping[str, Spread],
+        shares: Tensor,
+        processes: ProcessGroup | None,
+    ) -> None:
+        """Puts the pulls where the backward pass will come by.
+
+        `shares` (1 + layers,) are those of samples that fit, and that are nearest to their own mean
+        at each layer.
+        """
+        for (name, layer), accuracy in zip(layers.items(), shares[1:], strict=True):
+            record, strength = self._records[name], trust.strength(accuracy, shares[0])
+            record.trust = torch.stack([accuracy, strength])
+            if name in pulls:
+                balance = Balance(pulls[name], self.ratio * strength, record, processes)
+                register_hook(layer, balance, logits)
 
     def _reasons(self, layers: Mapping[str, Tensor]) -> dict[str, Reason | None]:
         """Why this call has no effect on a layer, or the latest ones had none; says so once."""

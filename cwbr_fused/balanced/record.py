@@ -11,6 +11,8 @@ from torch import Tensor
 
 Reason = Literal["no graph", "too late", "no gradient"]
 
+NUMBERS = ("ce_norm", "reg_norm", "cosine", "accuracy", "trust")
+
 # Calls in a row whose gradient nobody fetched before the warning; one may be skipped on purpose.
 MISSES_BEFORE_WARNING = 3
 # How far to look behind a feature for an operation that saves tensors for its backward.
@@ -45,12 +47,14 @@ class Record:
 
     norms: of the loss's gradient, and of what was added to it.
     cosine: between the two.
+    trust: of the latest call, the accuracy of the nearest class mean and the strength that follows.
     calls: how many gradients were laid ready.
     """
 
     def __init__(self) -> None:
         self.norms: Tensor | None = None
         self.cosine: Tensor | None = None
+        self.trust: Tensor | None = None
         self.calls = 0
         self._waiting: set[weakref.ref[Any]] = set()
         self._misses = 0
@@ -88,10 +92,10 @@ class Record:
 
     def numbers(self) -> dict[str, float]:
         """See `CWBR.health`; empty as long as no backward pass has come by."""
-        if self.norms is None or self.cosine is None:
+        if self.norms is None or self.cosine is None or self.trust is None:
             return {}
-        numbers = torch.cat([self.norms, self.cosine[None]]).tolist()
-        return dict(zip(("ce_norm", "reg_norm", "cosine"), numbers, strict=True))
+        numbers = torch.cat([self.norms, self.cosine[None], self.trust]).tolist()
+        return dict(zip(NUMBERS, numbers, strict=True))
 
 
 def backward_is_over(tensor: Tensor) -> bool:

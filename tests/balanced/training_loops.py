@@ -63,7 +63,7 @@ class Forward:
         self.features = trained.catcher.feats
         self.has_graph = self.logits.requires_grad
         self.is_over = False
-        self.pulls: list[tuple[Tensor, list[Tensor]]] = []
+        self.pulls: list[list[Tensor]] = []
 
     def loss(self) -> Tensor:
         return cross_entropy(self.logits, self.targets)
@@ -89,10 +89,8 @@ class Forward:
         return [g.T @ self.inputs, of_second, of_last]
 
     def _pulled(self, g: Tensor, layer: int) -> Tensor:
-        for certainty, pulls in self.pulls:
-            r = pulls[layer]
-            if r.norm() > 0:
-                g = g + certainty * g.norm() / r.norm() * r
+        for pulls in self.pulls:
+            g = g + g.norm() * pulls[layer]
         return g
 
 
@@ -274,18 +272,17 @@ class Loop:
         for name, z in zip(LAYERS, forward.values()[0], strict=True):
             self.banks.setdefault(name, _empty(z.shape[1]))
 
-    def _learn(self, forward: Forward) -> tuple[Tensor, list[Tensor]]:
-        """How certain the model is, and the pull at each layer; updates the banks."""
+    def _learn(self, forward: Forward) -> list[Tensor]:
+        """The pull at each layer, as long as its share of the gradient; updates the banks."""
         features, logits = forward.values()
         counts = [self.banks[name]["count"] for name in LAYERS]
         seen = torch.stack(counts).gt(0).all(0)
-        index, weight, own = reference_bank.top_confusions(
-            logits, forward.targets, seen, CONFUSIONS
-        )
+        index, weight, _ = reference_bank.top_confusions(logits, forward.targets, seen, CONFUSIONS)
         index = torch.cat([forward.targets[:, None], index], 1)
         coefficient = torch.cat([torch.ones_like(weight[:, :1]), -weight], 1)
         index = torch.where(seen[forward.targets][:, None], index, -1)
         order, offsets, classes = reference.group_by_class(forward.targets, 1)
+        known = _share_on_top(logits, forward.targets, seen)
         pulls = []
         for name, z in zip(LAYERS, features, strict=True):
             bank = self.banks[name]
@@ -294,13 +291,16 @@ class Loop:
             moves, metric = reference_bank.observe_classes(
                 *bank.values(), classes, size, mean, var, VARIANCE_MOMENTUM, VARIANCE_FLOOR
             )
-            pulls.append(
-                reference_bank.class_attraction(z, bank["mean"], metric, index, coefficient)[1]
-            )
+            r = reference_bank.class_attraction(z, bank["mean"], metric, index, coefficient)[1]
+            nearness = -((z[:, None] - bank["mean"]) ** 2 / metric).sum(2)
+            met = seen[forward.targets] & (seen.sum() > 1)
+            right = _share_on_top(nearness, forward.targets, seen, met)
+            share = 4 * known * (1 - known) * right**4
+            pulls.append(share * r / r.norm() if r.norm() > 0 else r)
             reference_bank.follow_classes(
                 bank["mean"], bank["count"], classes, moves, mean, MOMENTUM
             )
-        return own.mean(), pulls
+        return pulls
 
     def _check_banks(self) -> None:
         banks = self.trained.cwbr.banks
@@ -331,6 +331,18 @@ STEPS = (
 
 def _assert_close(actual: Tensor, expected: Any) -> None:
     assert (actual - expected).abs().max() <= 1e-9 * (1 + expected.abs().max())
+
+
+def _share_on_top(
+    scores: Tensor, targets: Tensor, seen: Tensor, counts: Tensor | None = None
+) -> float:
+    """The share of samples whose own class scores above all others that are seen."""
+    right = 0
+    for i, (row, own) in enumerate(zip(scores.tolist(), targets.tolist(), strict=True)):
+        rivals = [row[j] for j in range(CLASSES) if j != own and seen[j]]
+        if counts is None or counts[i]:
+            right += all(row[own] > rival for rival in rivals)
+    return right / len(targets)
 
 
 def _empty(width: int) -> Bank:

@@ -1,0 +1,92 @@
+"""How strong the pull is: by hand, and nothing where nothing is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cwbr_models import CLASSES, Network, batch, warmed_up
+
+from cwbr_fused import CWBR
+from cwbr_fused.balanced import trust
+from cwbr_fused.balanced.bank import ClassBank
+
+INF = float("inf")
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+def test_nearest_by_hand_with_the_variance_as_the_metric() -> None:
+    mean = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    z = torch.tensor([[0.9, 0.0], [1.1, 0.0], [0.9, 0.0]])
+    index = torch.tensor([[0, 1, 2], [0, 1, 2], [2, 0, -1]])
+    var = torch.ones(2)
+    assert trust.nearest(z, mean, var, index, 1).tolist() == [1, 0, 0]
+    # Where the second dimension varies most, the third class is as near as the first.
+    var = torch.tensor([1.0, 1e6])
+    assert trust.nearest(z[:1], mean, var, torch.tensor([[2, 1, -1]]), 1).tolist() == [1]
+
+
+def test_nobody_is_nearest_without_a_class_or_a_rival_or_with_a_feature_that_is_no_number() -> None:
+    mean, var = torch.zeros(3, 2), torch.ones(2)
+    z = torch.tensor([[0.0, 0.0], [0.0, 0.0], [float("nan"), 0.0], [INF, 0.0]])
+    mean[1] = 5
+    index = torch.tensor([[-1, 1], [0, -1], [0, 1], [0, 1]])
+    assert trust.nearest(z, mean, var, index, 1).tolist() == [0, 0, 0, 0]
+    assert trust.nearest(z, mean, var, index[:, :1], 1).tolist() == [0, 0, 0, 0]
+
+
+def test_the_second_class_of_a_soft_target_is_no_rival() -> None:
+    mean = torch.tensor([[0.0], [1.0], [5.0]])
+    z, var = torch.tensor([[0.9]]), torch.ones(1)
+    assert trust.nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 2).tolist() == [1]
+    assert trust.nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 1).tolist() == [0]
+
+
+def test_strength_by_hand_and_its_limits() -> None:
+    accuracy = torch.tensor([1.0, 0.5, 0.0])
+    full = trust.strength(accuracy, torch.tensor(0.5))
+    assert full.tolist() == [1, 0.5**trust.SHARPNESS, 0]
+    for finished in (0.0, 1.0):
+        assert trust.strength(accuracy, torch.tensor(finished)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_bank_that_knows_nothing_adds_nothing(network: Network, soft: bool) -> None:
+    cwbr = CWBR(CLASSES)
+    images, targets = batch()
+    logits, features = network(images)
+    labels = torch.nn.functional.one_hot(targets, CLASSES).float() if soft else targets
+    cwbr(features, logits, labels)
+    logits.sum().backward()
+    assert {(h["trust"], h["reg_norm"]) for h in cwbr.health().values()} == {(0, 0)}
+
+
+def test_health_shows_the_accuracy_of_each_layer_before_its_means_moved(network: Network) -> None:
+    cwbr = warmed_up(network)
+    images, targets = batch()
+    logits, features = network(images)
+    expected = {}
+    for name, layer in features.items():
+        bank = cwbr.banks[name]
+        assert isinstance(bank, ClassBank)
+        fresh = {key: value.clone() for key, value in bank.state_dict().items()}
+        expected[name] = (layer.detach(), fresh)
+    cwbr(features, logits, targets)
+    logits.sum().backward()
+    fitted = (logits.argmax(1) == targets).float().mean()
+    for name, (layer, state) in expected.items():
+        z = layer if layer.dim() == 2 else layer.mean((2, 3))
+        var = cwbr.banks[name].metric()  # type: ignore[operator]
+        rivals = logits.detach().scatter(1, targets[:, None], -INF)
+        rivals = torch.where(state["count"] > 0, rivals, -INF).topk(5).indices
+        index = torch.cat([targets[:, None], rivals], 1)
+        distance = ((z[:, None] - state["mean"][index]).square() / var).sum(2)
+        accuracy = (distance.argmin(1) == 0).float().mean()
+        health = cwbr.health()[name]
+        assert health["accuracy"] == pytest.approx(float(accuracy))
+        full = 4 * fitted * (1 - fitted) * accuracy**trust.SHARPNESS
+        assert health["trust"] == pytest.approx(float(full), rel=1e-4)
