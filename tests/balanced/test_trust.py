@@ -80,7 +80,7 @@ def test_health_shows_the_accuracy_of_each_layer_before_its_means_moved(network:
     fitted = (logits.argmax(1) == targets).float().mean()
     for name, (layer, state) in expected.items():
         z = layer if layer.dim() == 2 else layer.mean((2, 3))
-        var = cwbr.banks[name].metric()  # type: ignore[operator]
+        var = cwbr.banks[name].metric()
         rivals = logits.detach().scatter(1, targets[:, None], -INF)
         rivals = torch.where(state["count"] > 0, rivals, -INF).topk(5).indices
         index = torch.cat([targets[:, None], rivals], 1)

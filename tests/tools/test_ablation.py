@@ -150,7 +150,7 @@ def test_table_and_figure_show_what_there_is(tmp_path: Path) -> None:
     }
     found = summary.rows(results)
     assert "| ArcFace | CWBR | 3 | 82.5 | +1.5 ± 0.0 | +0.0 |" in summary.table(found)
-    assert "| ArcFace, CWBR | 81.0 **+1.5 ± 0.0** |" in summary.readme_table(found)
+    assert "| ArcFace + CWBR | 81.0 **+1.5 ± 0.0** |" in summary.readme_table(found)
     assert "SupCon |" not in summary.readme_table(found)
     summary.draw(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
