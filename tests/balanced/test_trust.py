@@ -90,3 +90,21 @@ def test_health_shows_the_accuracy_of_each_layer_before_its_means_moved(network:
         assert health["accuracy"] == pytest.approx(float(accuracy))
         full = 4 * fitted * (1 - fitted) * accuracy**trust.SHARPNESS
         assert health["trust"] == pytest.approx(float(full), rel=1e-4)
+
+
+def test_samples_without_a_label_count_neither_as_right_nor_as_wrong(network: Network) -> None:
+    state = warmed_up(network).state_dict()
+    images, targets = batch()
+    soft = torch.nn.functional.one_hot(targets, CLASSES).float()
+    healths = []
+    for labels in (targets, soft, torch.cat([soft, torch.zeros_like(soft)])):
+        cwbr = CWBR(CLASSES)
+        cwbr.load_state_dict(state)
+        logits, features = network(torch.cat([images, images])[: len(labels)])
+        cwbr(features, logits, labels)
+        logits.sum().backward()
+        healths.append(cwbr.health()["body"])
+    assert healths[0]["trust"] > 0
+    for health in healths[1:]:
+        assert health["trust"] == pytest.approx(healths[0]["trust"])
+        assert health["accuracy"] == pytest.approx(healths[0]["accuracy"])
