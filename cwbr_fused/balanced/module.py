@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,13 @@ from cwbr_fused.balanced import trust
 from cwbr_fused.balanced.balance import Balance
 from cwbr_fused.balanced.bank import ClassBank
 from cwbr_fused.balanced.banks import Banks
+from cwbr_fused.balanced.pools import Pool, Pools
 from cwbr_fused.balanced.record import EXPLANATIONS, Reason, Record
 from cwbr_fused.balanced.taps import Catchers, register_hook
 from cwbr_fused.inputs import membership, validation
 from cwbr_fused.inputs.features import FeatureCatcher
-from cwbr_fused.inputs.pooling import Spread, spread, to_vec
+from cwbr_fused.inputs.pooling import Spread
+from cwbr_fused.inputs.stages import default_layers
 from cwbr_fused.inputs.targets import Targets, read_targets
 from cwbr_fused.operations import backends, distributed
 from cwbr_fused.operations.autograd import OPERATIONS
@@ -55,13 +57,6 @@ if TYPE_CHECKING:
 
 # Soft targets update the means of classes whose weights in the batch sum to this much.
 LEAST_SOFT_WEIGHT = 0.5
-
-
-class Pooled(NamedTuple):
-    """A feature cut off from the graph of the model, and the (B, D) vectors pooled from it."""
-
-    leaf: Tensor
-    z: Tensor
 
 
 class CWBR(nn.Module):
@@ -85,7 +80,9 @@ class CWBR(nn.Module):
         push: weight of the repulsion from confused classes; 0 only pulls, a balanced center loss.
         confusions: how many classes each sample is pushed from.
         momentum: of the class means, see `ClassBank`.
-        pool: (B, ...) features to (B, D) vectors, differentiable; default `to_vec`.
+        pool: (B, ...) features to (B, D) vectors, differentiable; or a mapping of such callables by
+            layer, whose keys are names or patterns such as "layers.*". None, and layers that the
+            mapping lacks: `to_vec`, with its options as `catch` reads them from the model.
         backend: see `cwbr_fused.loss`.
         group: None, "world" or a `ProcessGroup`: the processes that share one bank. With
             DistributedDataParallel N processes x B/N samples then train as one process x B.
@@ -105,7 +102,7 @@ class CWBR(nn.Module):
         push: float = 1.0,
         confusions: int = 5,
         momentum: float = 0.7,
-        pool: Callable[[Tensor], Tensor] = to_vec,
+        pool: Pool | Mapping[str, Pool] | None = None,
         backend: str = "auto",
         group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
@@ -118,7 +115,8 @@ class CWBR(nn.Module):
         validation.check_group(group)
         backends.check(backend)
         self.ratio, self.push = ratio, push
-        self.momentum, self.pool = momentum, pool
+        self.momentum = momentum
+        self._pools = Pools(pool)
         self.backend, self.group = backend, group
         self.banks = Banks(num_classes)
         self._records: dict[str, Record] = {}
@@ -157,9 +155,9 @@ class CWBR(nn.Module):
             )
         layers = validation.named_layers(features, logits)
         backend = backends.resolve(self.backend, logits.device.type)
-        pooled = {name: self._pooled(name, layer) for name, layer in layers.items()}
-        banks = {name: self.banks.of(name, z, layers) for name, (_, z) in pooled.items()}
-        vectors = [_vector(z, banks[name]) for name, (_, z) in pooled.items()]
+        pooled = {name: self._pools.pooled(name, layer) for name, layer in layers.items()}
+        banks = {name: self.banks.of(name, z, layers) for name, (_, z, _) in pooled.items()}
+        vectors = [_vector(z, banks[name]) for name, (_, z, _) in pooled.items()]
         seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
         index, coefficient, fits = self._coefficients(backend, logits.detach(), given, seen)
         train = self.training and torch.is_grad_enabled()
@@ -185,14 +183,24 @@ class CWBR(nn.Module):
                 bank.follow(classes, weight, mean, self.momentum, backend)
                 if reasons[name] not in ("no graph", "too late"):
                     # Its length does not matter; without units it fits in half precision.
-                    pulls[name] = self._spread(pooled[name], pull * var.mean().sqrt())
+                    pulls[name] = pooled[name].spread(pull * var.mean().sqrt())
         if train:
             shares = self._mean(torch.stack(right), given, processes)
             self._lay_ready(layers, logits, pulls, shares, processes)
         return torch.stack(energies).mean()
 
-    def catch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> FeatureCatcher:
+    @property
+    def pool(self) -> Pool | Mapping[str, Pool] | None:
+        """How features become vectors, where not as the model says."""
+        return self._pools.pool
+
+    def catch(
+        self, model: nn.Module, layers: Iterable[str | nn.Module] | None = None
+    ) -> FeatureCatcher:
         """Catches features of a model, to be passed to this module, also when it is compiled.
+
+        Without names it takes the ends of the last three stages of a CNN, or three late blocks of
+        a transformer, by the rule in `cwbr_fused.inputs.stages`; `print(cwbr)` shows which.
 
         The model gets forward hooks and nothing else; `remove` of the catcher takes them away. Call
         it before the compiled model is first called; of a compiled model, or one in
@@ -204,9 +212,12 @@ class CWBR(nn.Module):
 
         Raises:
             TypeError, ValueError: as `FeatureCatcher`, which then leaves the model as it was; or a
-                layer of that name of another model is being caught by this module.
+                layer of that name of another model is being caught by this module; or no names
+                are given and none can be chosen.
         """
-        return self._catchers.add(model, layers)
+        catcher = self._catchers.add(model, default_layers(model) if layers is None else layers)
+        self._pools.read(model, catcher.names)
+        return catcher
 
     def health(self) -> dict[str, dict[str, float]]:
         """What the latest backward pass met at each layer; waits for the device.
@@ -226,6 +237,7 @@ class CWBR(nn.Module):
         return (
             f"{self.num_classes}, ratio={self.ratio}, push={self.push}, "
             f"confusions={self.confusions}, momentum={self.momentum}, backend={self.backend!r}"
+            f"{self._catchers}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CWBR:
@@ -258,35 +270,6 @@ class CWBR(nn.Module):
         if self.group is None:
             return None
         return distributed.process_group(self.group)
-
-    def _pooled(self, name: str, layer: Tensor) -> Pooled:
-        leaf = layer.detach()
-        if self._to_vec_options is not None:
-            return Pooled(leaf, to_vec(leaf, **self._to_vec_options))
-        leaf.requires_grad_()
-        with torch.enable_grad():
-            z = self.pool(leaf)
-        if not isinstance(z, Tensor) or z.shape[:1] != layer.shape[:1] or z.dim() != 2:
-            raise ValueError(
-                f"pool: expected to get (B, D) from {name}, a {validation.describe(layer)}, "
-                f"got {validation.describe(z)}"
-            )
-        return Pooled(leaf, z)
-
-    def _spread(self, pooled: Pooled, pull: Tensor) -> Spread:
-        if self._to_vec_options is not None:
-            return spread(pull, pooled.leaf, **self._to_vec_options)
-        (gradient,) = torch.autograd.grad(pooled.z, pooled.leaf, pull.to(pooled.z.dtype))
-        return Spread(gradient, slice(None))
-
-    @property
-    def _to_vec_options(self) -> dict[str, Any] | None:
-        """Of `to_vec`, whose backward pass is known without a graph, or of a partial of it."""
-        if self.pool is to_vec:
-            return {}
-        if isinstance(self.pool, partial) and self.pool.func is to_vec and not self.pool.args:
-            return self.pool.keywords
-        return None
 
     def _coefficients(
         self, backend: str, logits: Tensor, targets: Targets, seen: Tensor

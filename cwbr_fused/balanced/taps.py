@@ -62,6 +62,11 @@ class Catchers:
         self._alive.add(catcher)
         return catcher
 
+    def __str__(self) -> str:
+        """For the representation of the module."""
+        names = [name for catcher in self._alive for name in catcher.names]
+        return f", layers={names}" if names else ""
+
     def __reduce__(self) -> tuple[type[Catchers], tuple[()]]:
         return Catchers, ()
 

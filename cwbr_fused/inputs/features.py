@@ -135,6 +135,11 @@ class FeatureCatcher:
         dead = [name for name in missing if not _is_live(self._handles[name])]
         return Features(caught, tuple(self._handles), tuple(dead))
 
+    @property
+    def names(self) -> list[str]:
+        """The layers that are being caught."""
+        return list(self._handles)
+
     def clear(self) -> None:
         """Forget the features, hence free the memory; the hooks stay."""
         for slot in self._slots.values():

@@ -24,6 +24,22 @@ def without_wrappers(name: str) -> str:
     return ".".join(parts) or name
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    return _unwrapped(model)[0]
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, int]:
+    """The model inside all wrappers, and how many of these call it "module"."""
+    wrappers = 0
+    while len(parts := dict(model.named_children())) == 1:
+        ((name, inner),) = parts.items()
+        if name != "module" and name not in _WRAPPED:
+            break
+        model, wrappers = inner, wrappers + (name == "module")
+    return model, wrappers
+
+
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """All layers of a model by dotted name; of wrapped ones the names of the original count too.
 
@@ -32,21 +48,15 @@ def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    paths = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if p]
-    inner, wrappers = model, 0
-    while isinstance(only := dict(inner.named_children()).get("module"), nn.Module):
-        if len(list(inner.children())) > 1:
-            break
-        inner, wrappers = only, wrappers + 1
     layers: dict[str, nn.Module] = {}
-    for path, module in paths:
+    for path, module in model.named_modules(remove_duplicate=False):
         parts = path.split(".")
-        if parts[-1] in _WRAPPED:
-            continue  # stands for the wrapper
-        layers[".".join(part for part in parts if part not in _WRAPPED)] = module
+        if path and parts[-1] not in _WRAPPED:  # which stands for the wrapper
+            layers[".".join(part for part in parts if part not in _WRAPPED)] = module
+    prefix = "module." * _unwrapped(model)[1]
     for name, module in list(layers.items()):
-        if inner is not model and name.startswith("module." * wrappers):
-            layers.setdefault(name.removeprefix("module." * wrappers), module)
+        if prefix and name.startswith(prefix):
+            layers.setdefault(name.removeprefix(prefix), module)
     return layers
 
 
@@ -78,12 +88,13 @@ def find_layers(model: nn.Module, wanted: Iterable[str | nn.Module]) -> dict[str
         elif entry in layers:
             names = [entry]
         else:
-            names = [n for n in layers if _matches(n, entry)] or [_unknown(model, layers, entry)]
+            names = [n for n in layers if matches(n, entry)] or [_unknown(model, layers, entry)]
         found.update((name, layers[name]) for name in names)
     return found
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern, whose `*` stays within one level, covers a name."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 

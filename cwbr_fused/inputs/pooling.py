@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -117,6 +117,39 @@ def spread(
     positions = feat.shape[1:3] if channels_last else feat.shape[2:]
     mean = grad / positions.numel()
     return Spread(mean[:, None, None] if channels_last else mean[:, :, None, None], slice(None))
+
+
+class Layout(NamedTuple):
+    """What a model tells of the output of one of its layers, see `cwbr_fused.inputs.layout`.
+
+    channels: of a map (B, channels, H, W) or (B, H, W, channels); the shape then tells which.
+    channels_last: of maps, where `channels` is None or fits both; None if unknown.
+    patches: a layer with that many tokens has no others.
+    prefix: tokens before the patches, of others.
+    pool: of tokens.
+    """
+
+    channels: int | None = None
+    channels_last: bool | None = None
+    patches: int | None = None
+    prefix: int = 1
+    pool: Literal["cls", "mean"] = "cls"
+
+    def options(self, feat: Tensor) -> dict[str, Any]:
+        """Those of `to_vec` for an output of this layer."""
+        if feat.ndim == 3:
+            if feat.shape[1] == self.patches:
+                return {"pool": "mean", "num_prefix_tokens": 0}
+            return {"pool": self.pool, "num_prefix_tokens": self.prefix}
+        return {"channels_last": bool(self.maps_are_channels_last(feat))}
+
+    def maps_are_channels_last(self, feat: Tensor) -> bool | None:
+        """None if it is not known."""
+        if feat.ndim == 4 and self.channels is not None:
+            first, last = feat.shape[1] == self.channels, feat.shape[3] == self.channels
+            if first != last:
+                return last
+        return self.channels_last
 
 
 def _shape(tensor: Tensor) -> str:
