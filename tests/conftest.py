@@ -21,6 +21,15 @@ if not torch.cuda.is_available():
         fast_interpreter.install()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests whose parameter `backend` is Triton, before a marker selects any."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("backend") == "triton":
+            item.add_marker("triton")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -30,6 +30,7 @@ def half_samples(name: str, given: tuple[Any, ...], dtype: torch.dtype) -> tuple
     return tuple(arguments.values())
 
 
+@pytest.mark.every_torch
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_autocast_changes_no_operation(name: str, backend: str) -> None:

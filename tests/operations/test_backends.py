@@ -81,6 +81,7 @@ def test_explain_has_a_verdict_for_every_backend() -> None:
             assert (reason or "") in line
 
 
+@pytest.mark.triton
 def test_importing_the_package_needs_no_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
@@ -92,6 +93,7 @@ def test_importing_the_package_needs_no_triton() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.triton
 def test_triton_kernels_that_cannot_be_imported_say_why_at_every_call() -> None:
     script = (
         "import importlib.util, sys\n"
