@@ -30,7 +30,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ from cwbr_fused.inputs.stages import default_layers
 from cwbr_fused.inputs.targets import Targets, read_targets
 from cwbr_fused.operations import backends, distributed
 from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.backends import Backend
+from cwbr_fused.operations.distributed import Group
 from cwbr_fused.operations.reference import accumulation_dtype
 from cwbr_fused.operations.warning import CWBRWarning
 
@@ -103,8 +105,8 @@ class CWBR(nn.Module):
         confusions: int = 5,
         momentum: float = 0.7,
         pool: Pool | Mapping[str, Pool] | None = None,
-        backend: str = "auto",
-        group: ProcessGroup | Literal["world"] | None = None,
+        backend: Backend = "auto",
+        group: Group = None,
     ) -> None:
         super().__init__()
         self.num_classes = validation.check_positive_int("num_classes", num_classes)

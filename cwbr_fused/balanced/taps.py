@@ -55,9 +55,9 @@ class Catchers:
             if taken:
                 catcher.remove()
                 raise ValueError(
-                    f"layers: {listed(taken)} of another model is being caught by this CWBR, whose "
-                    "class means are those of one model. Make a CWBR for each model, or call "
-                    "remove() of the first catcher"
+                    "layers: expected those of the model that this CWBR catches, as its class "
+                    f"means are those of one model, got {listed(taken)} of another model. Make a "
+                    "CWBR for each model, or call remove() of the first catcher"
                 )
         self._alive.add(catcher)
         return catcher

@@ -109,11 +109,11 @@ def checked_gradients(
 
 def check_report(name: str, report: object) -> None:
     """What `cwbr_fused.diagnostics.report` returns."""
-    expected = f"{name}: expected what cwbr_fused.diagnostics.report returns"
     if not isinstance(report, Mapping):
-        raise TypeError(f"{expected}, got {type(report).__name__}")
-    if missing := KEYS - set(report):
-        raise ValueError(f"{expected}, got a dictionary without {sorted(missing)}")
+        got = type(report).__name__
+        raise TypeError(f"{name}: expected a report of cwbr_fused.diagnostics, got {got}")
+    if missing := sorted(KEYS - set(report)):
+        raise ValueError(f"{name}: expected a report of cwbr_fused.diagnostics, got no {missing}")
 
 
 def checked_histories(report: object) -> Histories:

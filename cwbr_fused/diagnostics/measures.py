@@ -10,6 +10,7 @@ from torch import Tensor
 from cwbr_fused.inputs import validation
 from cwbr_fused.operations import backends, reference
 from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.backends import Backend
 from cwbr_fused.overlap import functional
 
 
@@ -22,7 +23,7 @@ def layer_overlaps(
     top_m: int | None = 64,
     min_count: int = 2,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> dict[str, Tensor]:
     """Mean overlap `rho = exp(-D)` of the most confused pairs of classes, for each layer.
 
@@ -61,7 +62,7 @@ def layer_separations(
     targets: Tensor,
     *,
     top_m: int | None = 64,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> dict[str, Tensor]:
     """Mean distance per dimension of the most confused pairs of classes, for each layer.
 

@@ -31,6 +31,7 @@ from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.pooling import to_vec
 from cwbr_fused.operations import backends, reference
 from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.backends import Backend
 from cwbr_fused.overlap import loss
 from cwbr_fused.overlap.options import OverlapOptions
 
@@ -55,7 +56,7 @@ def report(
     top_m: int | None = 64,
     min_count: int = 2,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> dict[str, Any]:
     """What a classifier confuses, and how well each layer separates it.
 

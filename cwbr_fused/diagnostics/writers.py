@@ -53,7 +53,8 @@ def write_report(
         from cwbr_fused.diagnostics import figure, page
     except ImportError as error:
         raise ImportError(
-            "write_report needs matplotlib and Jinja2: pip install 'cwbr_fused[report]'"
+            f"write_report: expected matplotlib and Jinja2, got {error}; "
+            "pip install 'cwbr_fused[report]'"
         ) from error
     if suffix == ".html":
         Path(path).write_text(page.html(histories, thumbs), encoding="utf-8")

@@ -69,7 +69,10 @@ class FeatureCatcher:
             raise TypeError(f"layers: expected a sequence of names, got {layers!r}")
         wanted = list(layers)
         if (model is None) != (not wanted):
-            raise ValueError("model and layers go together: FeatureCatcher(model, ['layer4', ...])")
+            raise ValueError(
+                "layers: expected some with a model and none without, as in "
+                f"FeatureCatcher(model, ['layer4']), got {len(wanted)} with {type(model).__name__}"
+            )
         if model is not None:
             try:
                 for name, module in find_layers(model, wanted).items():
@@ -93,18 +96,18 @@ class FeatureCatcher:
             ValueError: the name is taken, or `module` is a container that is never called.
         """
         if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
         if name is None:
             name = f"{type(module).__name__}_{len(self._handles)}"
         if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
+            raise TypeError(f"name: expected a string, got {type(name).__name__}")
         if name in self._handles:
-            raise ValueError(f"name {name!r} is already in use; layers: {listed(self._handles)}")
+            raise ValueError(f"name: expected one other than {listed(self._handles)}, got {name!r}")
         is_container = isinstance(module, nn.ModuleList | nn.ModuleDict)
         if is_container and type(module).forward is nn.Module.forward:
             raise ValueError(
-                f"module {name!r} is a {type(module).__name__}, which is never called; "
-                "add one of its members"
+                f"module: expected one that is called, got {name!r}, a {type(module).__name__}, "
+                "which never is; add one of its members"
             )
         slot = self._slot(name)
         self._slots.pop(name, None)  # left by a removed layer of that name
@@ -199,29 +202,32 @@ class Features(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         if name not in self._hooked:
-            raise KeyError(f"layer {name!r} is not hooked; layers hooked: {listed(self._hooked)}")
-        raise KeyError(self._why_missing([name]))
+            raise KeyError(f"features: expected one of {listed(self._hooked)}, got {name!r}")
+        raise KeyError(
+            f"features: expected {name!r}, got {listed(self)}; {self._why_missing([name])}"
+        )
 
     def check_complete(self) -> None:
         """Raises a ValueError if a hooked layer has no feature."""
         missing = [name for name in self._hooked if name not in self]
         if missing or not self:
-            raise ValueError(f"features: {self._why_missing(missing)}")
+            wanted = listed(missing) if missing else "at least one layer"
+            raise ValueError(
+                f"features: expected {wanted}, got {listed(self)}; {self._why_missing(missing)}"
+            )
 
     def _why_missing(self, names: list[str]) -> str:
-        dead = [name for name in names if name in self._dead]
-        if dead or not self._hooked:
-            what = f"the module of {listed(dead)} is gone" if dead else "no layer is caught"
+        if not self._hooked or any(name in self._dead for name in names):
             return (
-                f"{what}: it was replaced after it was caught (convert_sync_batchnorm, adapters, "
-                "quantization), or the catcher was copied without its model. Call catch() again, "
-                f"on the model as it is now; layers that ran: {listed(self)}"
+                "the module was replaced after it was caught (convert_sync_batchnorm, adapters, "
+                "quantization), or the catcher was copied without its model: call catch() again, "
+                "on the model as it is now"
             )
         return (
-            f"layer {listed(names)} has not run since it was added or cleared; layers that ran: "
-            f"{listed(self)}. A forward may pass a layer by (fast paths, an auxiliary head that is "
-            "off, checkpointing that calls forward() instead of the module). If the compiled model "
-            "was called before the layer was added, call torch.compiler.reset()"
+            "the layer has not run since it was added or cleared: a forward may pass a layer by "
+            "(fast paths, an auxiliary head that is off, checkpointing that calls forward() and "
+            "not the module); if the compiled model was called before the layer was added, call "
+            "torch.compiler.reset()"
         )
 
 
@@ -279,7 +285,7 @@ def first_tensor(output: object, name: str) -> Tensor:
         if isinstance(part, Tensor):
             return part
     raise TypeError(
-        f"layer {name!r} must give a tensor, or a tuple, list or mapping with one in it; "
+        f"layer {name!r}: expected a tensor, or a tuple, list or mapping with one in it, "
         f"got {type(output).__name__}"
     )
 

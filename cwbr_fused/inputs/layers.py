@@ -103,7 +103,7 @@ def _unknown(model: nn.Module, layers: dict[str, nn.Module], name: str) -> str:
     similar = difflib.get_close_matches(name, layers, n=5)
     top = [path for path in layers if "." not in path]
     hint = f"did you mean {listed(similar)}?" if similar else f"top-level layers: {listed(top)}"
-    raise ValueError(f"{type(model).__name__} has no layer {name!r}; {hint}")
+    raise ValueError(f"layers: expected those of the {type(model).__name__}, got {name!r}; {hint}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -50,38 +50,40 @@ def to_vec(
     """
     if not isinstance(feat, Tensor):
         raise TypeError(
-            f"feat must be one tensor, got {type(feat).__name__}: of a layer with several outputs "
-            "pass the one to regularize"
+            f"feat: expected one tensor, got {type(feat).__name__}; of a layer with several "
+            "outputs pass the one to regularize"
         )
     if not feat.is_floating_point():
-        raise TypeError(f"feat must be floating-point, got {feat.dtype} of {_shape(feat)}")
+        raise TypeError(
+            f"feat: expected a floating-point dtype, got {feat.dtype} of {_shape(feat)}"
+        )
     if pool not in (None, "cls", "mean"):
-        raise ValueError(f"pool must be 'cls', 'mean' or None, got {pool!r}")
+        raise ValueError(f"pool: expected 'cls', 'mean' or None, got {pool!r}")
     if feat.ndim == 2:
         return feat
     if feat.ndim == 3:
         return _pool_tokens(feat, pool, num_prefix_tokens)
     if feat.ndim != 4:
         raise ValueError(
-            "feat must be (B, D), tokens (B, N, D), a map (B, C, H, W), or with channels_last=True "
-            f"a map (B, H, W, C); got {_shape(feat)}"
+            "feat: expected (B, D), tokens (B, N, D), a map (B, C, H, W), or with "
+            f"channels_last=True a map (B, H, W, C), got {_shape(feat)}"
         )
     spatial = (1, 2) if channels_last else (2, 3)
     if feat.shape[spatial[0]] == 0 or feat.shape[spatial[1]] == 0:
-        raise ValueError(f"feat has no positions to average over: {_shape(feat)}")
+        raise ValueError(f"feat: expected positions to average over, got {_shape(feat)}")
     return feat.mean(spatial)
 
 
 def _pool_tokens(feat: Tensor, pool: str | None, num_prefix_tokens: int) -> Tensor:
     if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens must be >= 0, got {num_prefix_tokens}")
+        raise ValueError(f"num_prefix_tokens: expected an int >= 0, got {num_prefix_tokens}")
     if pool == "cls" and num_prefix_tokens == 0:
-        raise ValueError("pool='cls' needs a CLS token, but num_prefix_tokens=0 says there is none")
+        raise ValueError("num_prefix_tokens: expected at least 1 with pool='cls', got 0")
     takes_cls = pool == "cls" or (pool is None and num_prefix_tokens > 0)
     needed = num_prefix_tokens + (0 if takes_cls else 1)
     if feat.shape[1] < needed:
         raise ValueError(
-            f"feat must have at least {needed} tokens for num_prefix_tokens={num_prefix_tokens}, "
+            f"feat: expected at least {needed} tokens with num_prefix_tokens={num_prefix_tokens}, "
             f"got (B, N, D) = {_shape(feat)}"
         )
     return feat[:, 0] if takes_cls else feat[:, num_prefix_tokens:].mean(1)

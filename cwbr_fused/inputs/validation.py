@@ -114,11 +114,11 @@ def check_number_or(name: str, value: object, words: tuple[str, ...]) -> None:
     """None, a finite number above 0, or one of a few words."""
     if value is None or (isinstance(value, str) and value in words):
         return
-    expected = f"expected None, a finite number > 0 or one of {words}"
+    expected = f"None, a finite number > 0 or one of {words}"
     if not isinstance(value, (int, float, str)) or isinstance(value, bool):
-        raise TypeError(f"{name}: {expected}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     if isinstance(value, str) or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_group(group: object) -> None:
@@ -155,7 +155,9 @@ def check_soft_batch(logits: object, targets: Tensor) -> None:
     check_same_device("targets", targets, "logits", logits)
     what = "finite values >= 0 as soft targets"
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(((targets >= 0) & targets.isfinite()).all(), f"targets: {what}")
+        torch._assert_async(
+            ((targets >= 0) & targets.isfinite()).all(), f"targets: expected {what}"
+        )
     elif targets.numel() > 0:
         smallest, largest = (float(bound) for bound in targets.detach().aminmax())
         if not (smallest >= 0 and math.isfinite(largest)):

@@ -43,8 +43,8 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         raise RuntimeError(
-            "cwbr_fused: the fused kernels have no double backward; for second derivatives call "
-            "the function of the same name in cwbr_fused.reference"
+            "cwbr_fused: expected a first derivative, got a second one: the fused kernels have no "
+            "double backward; call the function of the same name in cwbr_fused.reference"
         )
 
 

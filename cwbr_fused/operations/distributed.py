@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,11 @@ from cwbr_fused.operations.autograd import first_order
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# The processes that a call is about: this one, all, or some.
+Group: TypeAlias = "ProcessGroup | Literal['world'] | None"
 
-def process_group(group: ProcessGroup | Literal["world"] | None) -> ProcessGroup | None:
+
+def process_group(group: Group) -> ProcessGroup | None:
     """The group over which a checked `group` asks for statistics; None for this process's own."""
     if group == "world":
         if not dist.is_initialized():

@@ -81,7 +81,9 @@ def triton_kernels() -> ModuleType:
             name, sibling / "__init__.py", submodule_search_locations=[str(sibling)]
         )
         if spec is None or spec.loader is None:
-            raise ImportError(f"{name} is neither installed nor beside the package in a checkout")
+            raise ImportError(
+                f"{name}: expected it installed, or beside the package in a checkout, got neither"
+            )
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

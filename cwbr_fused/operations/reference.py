@@ -14,6 +14,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = [
+    "accumulation_dtype",
+    "all_pair_distance",
+    "class_moments",
+    "confusion_weights",
+    "group_by_class",
+    "groups_of_inverse",
+    "mean_probs",
+    "overlap",
+    "pair_distance",
+    "plan",
+    "regularizer",
+    "row_blocks",
+    "sample_groups",
+    "top_pairs",
+    "upper_pairs",
+    "weighted_overlap",
+]
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over samples and dimensions are kept."""

@@ -36,10 +36,10 @@ from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.targets import read_targets
 from cwbr_fused.operations import backends
 from cwbr_fused.operations.backends import Backend
-from cwbr_fused.operations.distributed import process_group
+from cwbr_fused.operations.distributed import Group, process_group
 from cwbr_fused.operations.reference import accumulation_dtype
 from cwbr_fused.overlap import steps
-from cwbr_fused.overlap.options import Group, Objective, OverlapOptions, Shrinkage, Temperature
+from cwbr_fused.overlap.options import Objective, OverlapOptions, Shrinkage, Temperature
 
 
 def loss(

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from cwbr_fused.inputs import validation
 from cwbr_fused.operations.backends import Backend
+from cwbr_fused.operations.distributed import Group
 from cwbr_fused.overlap.loss import loss_with
-from cwbr_fused.overlap.options import Group, Objective, OverlapOptions, Shrinkage, Temperature
+from cwbr_fused.overlap.options import Objective, OverlapOptions, Shrinkage, Temperature
 from cwbr_fused.overlap.silence import HealthCheck, causes_in_batch
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from cwbr_fused.inputs import validation
 from cwbr_fused.operations import backends
 from cwbr_fused.operations.backends import Backend
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from cwbr_fused.operations.distributed import Group
 
 Objective: TypeAlias = Literal["overlap", "log_overlap"]
 Temperature: TypeAlias = float | Literal["dims"] | None
 Shrinkage: TypeAlias = float | Literal["analytic", "pooled"] | None
-Group: TypeAlias = "ProcessGroup | Literal['world'] | None"
 
 
 @dataclass(frozen=True)

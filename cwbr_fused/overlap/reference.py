@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cwbr_fused.inputs.targets import read_targets
 from cwbr_fused.operations.autograd import PLAIN
+from cwbr_fused.operations.backends import Backend
 from cwbr_fused.operations.reference import confusion_weights, groups_of_inverse
 from cwbr_fused.overlap import steps
 from cwbr_fused.overlap.adjustments import Noise, shrink_variance
@@ -31,14 +32,14 @@ __all__ = [
 
 
 def class_stats_diag(
-    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: str = "auto"
+    z: Tensor, y: Tensor, eps: float = 1e-6, *, min_count: int = 2, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `cwbr_fused.functional.class_stats_diag`."""
     return steps.class_statistics(z, y, eps, min_count, PLAIN)
 
 
 def confusion_alpha(
-    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: str = "auto"
+    logits: Tensor, y: Tensor, classes: Tensor, inv: Tensor, *, backend: Backend = "auto"
 ) -> Tensor:
     """See `cwbr_fused.functional.confusion_alpha`."""
     order, offsets = groups_of_inverse(inv, classes.shape[0])
@@ -50,7 +51,7 @@ def bhattacharyya_diag(
     var: Tensor,
     eps: float = 1e-6,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     temperature: Temperature = None,
     noise_floor: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def bhat_confusion_loss(
     eps: float = 1e-6,
     *,
     objective: Objective = "overlap",
-    backend: str = "auto",
+    backend: Backend = "auto",
     temperature: Temperature = None,
     noise_floor: Noise | None = None,
 ) -> Tensor:

@@ -109,8 +109,7 @@ class PKSampler(Sampler[list[int]]):
             None if rank is None else validation.check_int("rank", rank, 0),
         )
         self._place()
-        if short_classes not in ("replace", "drop"):
-            raise ValueError(f"short_classes: expected 'replace' or 'drop', got {short_classes!r}")
+        validation.check_choice("short_classes", short_classes, ("replace", "drop"))
         self.seed = validation.check_int("seed", seed)
         self.epoch = 0
         self.drop_last = drop_last
