@@ -25,27 +25,28 @@ class FeatureCatcher:
             scale_match(ce, loss(catcher.feats, logits, targets)).backward()
             catcher.clear()
 
-    It is a context manager: leaving the block, also by an exception, removes the hooks. What was
-    caught stays until `clear`. What is caught is the raw output, connected to the graph:
+    A catcher is a context manager: leaving the block, also by an exception, removes the hooks. A
+    feature is the raw output of its layer, connected to the graph, and stays until `clear`:
 
-    - Of a layer that was called twice since `clear`, in one forward or in two, the latest call.
-    - Of a tuple, list or mapping, the first tensor in it. If there is none, the forward raises
-      `TypeError`.
-    - Of a forward that raised, the layers that had run; the next forward replaces them.
-    - Nothing of a backward pass, where activation checkpointing runs layers again. With
-      `use_reentrant=True` their first run has no gradient, so neither has the feature: use
-      `use_reentrant=False`.
-    - Of a layer whose output the model then changes in place, as torchvision's residual blocks
-      change that of `bn2`, the changed output.
+    - If a layer was called twice since `clear`, in one forward or in two, the latest call counts.
+    - If the output is a tuple, list or mapping, its first tensor is caught. If it has none, the
+      forward raises `TypeError`.
+    - After a forward that raised, the features of the layers that had run stay until the next
+      forward replaces them.
+    - Nothing is caught during a backward pass, where activation checkpointing runs layers again.
+      With `use_reentrant=True` the first run of these layers has no gradient, and neither has the
+      feature: use `use_reentrant=False`.
+    - If the model then changes the output in place, as torchvision's residual blocks change that of
+      `bn2`, the feature is the changed output.
 
-    Copied or pickled together with its model, as parts of one module, a catcher goes on catching. A
-    model copied without its catcher keeps nothing; a catcher copied without its model is dead.
+    A catcher that is copied or pickled together with its model, as parts of one module, continues
+    to catch. A model that is copied without its catcher stores no features, and a catcher that is
+    copied without its model catches none.
 
-    `torch.compile`: add the layers *before the compiled model is first called*. The hooks are then
-    part of its graph, `fullgraph=True` included. A layer that is added later is missing until
-    `torch.compiler.reset()` makes the model compile anew, since Dynamo does not guard on hooks
-    where there were none. Explicit features need no hooks at all: return them from `forward`, or
-    with timm
+    With `torch.compile`, add the layers *before the compiled model is first called*. The hooks are
+    then part of its graph, also with `fullgraph=True`. A layer that is added later is missing until
+    `torch.compiler.reset()` makes the model compile again, because Dynamo has no guard on hooks
+    where there were none. Explicit features need no hooks: return them from `forward`, or with timm
 
         tokens, features = model.forward_intermediates(images, indices=3)
         logits = model.forward_head(tokens)
@@ -54,10 +55,10 @@ class FeatureCatcher:
     Args:
         model: where to look `layers` up.
         layers: dotted names of modules in `model`, patterns of names such as `"layer*"`, or modules
-            of it; each feature bears the name.
+            of it; the dotted name is the key of the feature.
 
     Raises:
-        TypeError, ValueError: as `add_by_name`; or `layers` without `model` or reversed.
+        TypeError, ValueError: as `add_by_name`; or `layers` without `model`, or the reverse.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class FeatureCatcher:
     def add_by_name(self, model: nn.Module, name: str) -> FeatureCatcher:
         """Catch the output of the layer of `model` with this dotted name, e.g. `"blocks.11"`.
 
-        Of a compiled model the names of the original one are meant. Returns the catcher itself.
+        The names in a compiled model are those of the original. Returns the catcher itself.
 
         Raises:
             TypeError: `model` is no `nn.Module`.
@@ -191,7 +192,7 @@ class Features(dict[str, Tensor]):
     Args:
         caught: the features.
         hooked: all layers that should have run.
-        dead: those of them whose module is gone.
+        dead: those of them whose module no longer exists.
     """
 
     def __init__(
@@ -234,9 +235,9 @@ class Features(dict[str, Tensor]):
 class Slot:
     """The forward hook of one layer, and its latest output.
 
-    Writing an attribute, not a shared dict, leaves `torch.compile` no state to guard on, so
-    whether the features were cleared never causes a recompilation. A copy sleeps until a copy of
-    the catcher wakes it, so that a model copied alone keeps nothing.
+    The hook writes an attribute and not a shared dict, so `torch.compile` has no state to guard on,
+    and clearing the features never causes a recompilation. A copy of the hook is inactive until a
+    copy of the catcher activates it, so that a model copied alone stores nothing.
     """
 
     def __init__(self, name: str, awake: bool = True) -> None:
@@ -244,7 +245,7 @@ class Slot:
         self.output: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> object:
-        """Keeps the output; returns what the model goes on with, None for the same."""
+        """Keeps the output; returns what replaces it in the model, or None."""
         if not self.awake or is_recomputing():
             return None
         self.output = first_tensor(output, self.name)

@@ -41,7 +41,7 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers of a model by dotted name; of wrapped ones the names of the original count too.
+    """All layers of a model by dotted name; layers in wrappers also by their name in the original.
 
     Raises:
         TypeError: `model` is no `nn.Module`.

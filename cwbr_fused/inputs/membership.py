@@ -1,4 +1,4 @@
-"""Class statistics of weighted samples: of soft targets, and of all processes of a group.
+"""Class statistics of weighted samples, for soft targets and for the processes of a group.
 
 Sample b belongs to class k with weight `t_bk >= 0` (see `targets.read_soft`). With the shares
 `w_bk = t_bk / sum_b t_bk`, whose sum is over the samples of all processes,
@@ -8,10 +8,10 @@ Sample b belongs to class k with weight `t_bk >= 0` (see `targets.read_soft`). W
     P_kj = sum_b w_bk softmax(logits_b)_j
     n_k = 1 / sum_b w_bk^2
 
-n is the effective sample size (Kish 1965): the count for class indices, and what makes
-`var n/(n - 1)` unbiased and `v/n` the variance of the mean. A sample takes one place for each of
-its classes, and the places of a class are summed as the samples of a class are, by two passes in
-the accumulation dtype: one-hot rows give what class indices give.
+n is the effective sample size (Kish 1965): it is the count for class indices, and with it
+`var n/(n - 1)` is unbiased and `v/n` is the variance of the mean. A sample takes one place for each
+of its classes. The places of a class are summed as the samples of a class are, in two passes and in
+the accumulation dtype, so one-hot rows give the same as class indices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cwbr_fused.operations.distributed import all_reduce, total
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Weights of a class that sum to a hundredth less than they should still do: half precision rounds.
+# Half precision rounds: weights that sum to a hundredth less than required still suffice.
 ROUNDING = 1e-2
 
 
@@ -42,7 +42,7 @@ class Members(NamedTuple):
     row: (S B,) the class of each place as a row in [0, K); K for none.
     scale: (S B, 1) what each place is multiplied by, so that the mean over the places of a class
         is its part of the weighted mean over the samples of all processes.
-    processes: among which samples are shared; None for this process's own.
+    processes: those that share their samples; None for this process alone.
     """
 
     classes: Tensor
@@ -63,14 +63,14 @@ def of_targets(
 ) -> Members:
     """The classes whose weights sum to at least `min_count`, soft ones to within a hundredth.
 
-    There is room for K = min(C, B // min_count), which holds every usable class if no row sums to
-    more than 1; else those of largest sum, ties to the smaller class. Over processes K is what is
-    used, which is read on the host.
+    There is room for K = min(C, B // min_count) classes, which suffices if no row sums to more than
+    1. Otherwise the classes of largest sum take it, ties to the smaller class. Over processes K is
+    the number of usable classes, which is read on the host.
 
     Args:
         columns: C.
         dtype: in which to accumulate.
-        processes: all of them must call, with the same C.
+        processes: every one of them must call, with the same C.
     """
     labels = targets.labels.T.flatten()
     hard = targets.shares is None
@@ -119,8 +119,8 @@ def class_moments(
     """
     x = torch.cat([z.to(members.scale.dtype) for z in vectors], dim=1)
     places = _places(x, members)
-    # The moments are taken about a centre, the mean but for its rounding: nothing cancels. They do
-    # not depend on it, so it needs no gradient.
+    # The moments are taken about the mean as it was rounded, so that nothing cancels. They do not
+    # depend on this centre, so it needs no gradient.
     with torch.no_grad():
         centre, _ = _moments(members.scale * places, members, backend)
         centre = total(centre, members.processes)

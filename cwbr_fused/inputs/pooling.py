@@ -23,17 +23,18 @@ def to_vec(
     | (B, C, H, W) | (B, C), the global average pool |
     | (B, H, W, C) | with `channels_last=True`: (B, C), the global average pool |
 
-    The rank decides, so the output of a 1-d convolution, (B, C, L), would be read as tokens: pool
-    it first. Differentiable, keeps the dtype, traces under `torch.compile(fullgraph=True)`.
+    The number of dimensions decides, so the output of a 1-d convolution, (B, C, L), is read as
+    tokens: pool such an output yourself. The function is differentiable, keeps the dtype and traces
+    under `torch.compile(fullgraph=True)`.
 
     Args:
         feat: a floating-point tensor of 2, 3 or 4 dimensions.
         pool: for tokens only: `"cls"` takes the first token, `"mean"` the mean of the tokens
             after the prefix. None: `"cls"` if there is a prefix, else `"mean"`.
-        num_prefix_tokens: for tokens only: how many tokens of the N are no image patches, the CLS
-            token first (`model.num_prefix_tokens` in timm: CLS and registers). 0 says that there
-            is no CLS token; so for `forward_intermediates(..., output_fmt="NLC")`, which cuts
-            the prefix off.
+        num_prefix_tokens: for tokens only: how many of the N tokens, the CLS token first, are not
+            image patches (`model.num_prefix_tokens` in timm counts CLS and registers). 0 means that
+            there is no CLS token, as after `forward_intermediates(..., output_fmt="NLC")`, which
+            removes the prefix.
         channels_last: for maps only: the *shape* is (B, H, W, C), as in Swin. It has nothing to do
             with `torch.channels_last`, which is a memory format of (B, C, H, W).
 
@@ -108,7 +109,7 @@ def spread(
     num_prefix_tokens: int = 1,
     channels_last: bool = False,
 ) -> Spread:
-    """The backward pass of `to_vec(feat, ...)` for `grad` (B, D), of the same options."""
+    """The backward pass of `to_vec(feat, ...)` with the same options, for `grad` (B, D)."""
     if feat.ndim == 2:
         return Spread(grad, slice(None))
     if feat.ndim == 3:

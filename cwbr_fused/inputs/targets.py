@@ -1,4 +1,4 @@
-"""Targets in one form, made once at the door: the classes of each sample and their shares."""
+"""Targets in one form, read once when a call begins: the classes of each sample, their shares."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cwbr_fused.inputs import validation
 from cwbr_fused.operations.reference import accumulation_dtype
 
 MOST = 4  # Classes of one sample: mixup and CutMix mix two images, mosaics four.
-LEAST = 0.1  # Of a row's mass, what must lie above its floor to say anything.
+LEAST = 0.1  # A row with a smaller part of its mass above its floor is unlabelled.
 
 
 class Targets(NamedTuple):
     """Which classes each sample belongs to.
 
     labels: (B, S) int64; S = 1 for class indices.
-    shares: (B, S) >= 0 in an accumulation dtype, of falling size; zeros for an unlabelled sample.
+    shares: (B, S) >= 0 in an accumulation dtype, in falling order; zeros for an unlabelled sample.
         None for class indices, where each sample belongs to its class alone.
     """
 
@@ -45,17 +45,18 @@ def read_targets(logits: Tensor, targets: Tensor) -> Targets:
 def read_soft(targets: Tensor) -> Targets:
     """What soft targets (B, C) say: the classes above the uniform floor of each row.
 
-    Label smoothing raises all classes of a row alike, which says nothing of any of them. So the
-    floor is taken off, up to `MOST` classes are left, and they share the mass of the row in
-    proportion to what they had above the floor: smoothed labels become the labels, and rows of
-    mixup and CutMix stay what they are. A row that is all floor, or nearly, is an unlabelled
-    sample.
+    Label smoothing raises all classes of a row alike, which says nothing about any of them. So the
+    floor of the row is subtracted, at most `MOST` classes are kept, and these share the mass of the
+    row in proportion to what they had above the floor. Smoothed labels become the labels again, and
+    rows of mixup and CutMix remain what they are. A row that is all floor, or nearly all, is an
+    unlabelled sample.
     """
     given = targets.detach().to(accumulation_dtype(targets.dtype))
     columns = given.shape[1]
     values, labels = given.topk(min(MOST + 1, columns), dim=1)
     most = min(MOST, max(columns - 1, 1))
-    # The smallest value of the row, or the largest of those that have no place: none of a tie has.
+    # The smallest value of the row, or the largest that is not kept, so that a tie is kept whole
+    # or not at all.
     floor = values[:, -1:] if columns > 1 else torch.zeros_like(values)
     rounding = 8 * torch.finfo(targets.dtype).eps * floor
     above = values[:, :most] - floor

@@ -1,7 +1,7 @@
-"""Argument checks: each error names the argument, what it was, and what was expected.
+"""Argument checks. Each error reads "NAME: expected X, got Y".
 
-They run before any kernel starts and never wait for a GPU: the range of the targets is read on the
-CPU only; GPU kernels assert it on the device.
+The checks run before any kernel starts and never wait for a GPU. The range of targets is read on
+the CPU only; GPU kernels assert it on the device.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def check_between(name: str, value: object, low: float, high: float = math.inf) 
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of a few words."""
+    """One of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def check_number_or(name: str, value: object, words: tuple[str, ...]) -> None:
-    """None, a finite number above 0, or one of a few words."""
+    """None, a finite number above 0, or one of the words."""
     if value is None or (isinstance(value, str) and value in words):
         return
     expected = f"None, a finite number > 0 or one of {words}"

@@ -1,4 +1,4 @@
-"""Compiled kernels that are absent: what to do about it, said once."""
+"""A warning, given once, that compiled kernels are absent, with the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from cwbr_fused.operations.warning import CWBRWarning
 
 REINSTALL = "reinstall cwbr_fused from its sources: CWBR_BUILD={} pip install --force-reinstall"
-# What to do, by what the reason says; the first that fits.
+# What to do for each kind of reason; the first pattern that matches counts.
 REMEDIES = (
     (r"cuda kernels were not built", f"put nvcc on PATH and {REINSTALL}; or install triton"),
     (r"were not built", f"install a C++20 compiler and {REINSTALL}"),
@@ -35,20 +35,20 @@ _said: set[str] = set()
 
 
 def remedy(backend: str, reason: str) -> str:
-    """What a user can do where the kernels of `backend` are absent for this reason."""
+    """What a user can do if the kernels of `backend` are absent for this reason."""
     text = next(text for pattern, text in REMEDIES if re.search(pattern, reason))
     return text.format(backend, torch=torch.__version__)
 
 
 def warn_once(backend: str, reason: str) -> None:
-    """Say that plain PyTorch runs in place of `backend`; not while torch.compile traces."""
+    """Warn that plain PyTorch runs in place of `backend`, except while torch.compile traces."""
     if backend in _said or torch.compiler.is_compiling():
         return
     _said.add(backend)
     warnings.warn(
         f"cwbr_fused runs in plain PyTorch, many times slower than its {backend} kernels: "
-        f"{reason}. Remedy: {remedy(backend, reason)}. CWBR_BACKEND=reference asks for plain "
-        "PyTorch, and silences this warning.",
+        f"{reason}. Remedy: {remedy(backend, reason)}. CWBR_BACKEND=reference selects plain "
+        "PyTorch and silences this warning.",
         CWBRWarning,
         stacklevel=4,
     )

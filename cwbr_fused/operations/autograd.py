@@ -1,9 +1,10 @@
 """Differentiable operations: autograd over the registered forward and backward operations.
 
-Each class calls the forward and backward operation of one backend, so a kernel only has to fill in
-a name. Differentiating a gradient again is an error that says what to use instead.
+Each class calls the forward and the backward operation of one backend, so that a new kernel needs
+no code here. Differentiating a gradient again is an error that says what to use instead.
 
-The backend is passed by name, `OPERATIONS[backend]`, because torch.compile can trace a string.
+Functions take the name of the backend and look up `OPERATIONS[backend]`, because torch.compile can
+trace a string.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cwbr_fused.operations import reference, schema
 
-# Not a backend: the reference under ordinary autograd, which can differentiate it twice.
+# Not a backend: the reference under ordinary autograd, which can differentiate twice.
 PLAIN = "plain"
 
 _REFERENCE = SimpleNamespace(**{name: schema.pure_pytorch(name) for name in schema.SCHEMAS})
@@ -49,10 +50,10 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Marks what `backward` returns, so that differentiating it raises instead of giving zeros.
+    """Marks what `backward` returns, so that differentiating it raises an error.
 
-    (`once_differentiable` notices only an incoming gradient that requires grad itself; the usual
-    `autograd.grad(loss, x, create_graph=True)` would silently treat the result as constant.)
+    `once_differentiable` reacts only to an incoming gradient that requires grad itself. With the
+    usual `autograd.grad(loss, x, create_graph=True)` it would silently make the result a constant.
     """
 
     @wraps(backward)
@@ -70,7 +71,7 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
 def class_moments(
     z: Tensor, order: Tensor, offsets: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """The differentiable operation, of a backend or `PLAIN`; so the functions below."""
+    """The differentiable operation of a backend or of `PLAIN`, as all functions here."""
     if backend == PLAIN:
         return reference.class_moments(z, order, offsets, eps)
     mean, var = ClassMoments.apply(z, order, offsets, eps, backend)
@@ -150,17 +151,17 @@ class AllPairDistance(torch.autograd.Function):
         return *operation(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
-# Gradients of an overlap are taken with its value where they are no larger than this: a step then
-# needs no more than 16 MiB beside its inputs and outputs, some pages of the kernels' own included.
+# The gradients of an overlap are computed together with its value if they are no larger than this.
+# A step then needs at most 16 MiB beside its inputs and outputs, including some for the kernels.
 KEPT_BYTES = (1 << 24) - 3 * (1 << 17)
-# They are kept times this: the overlaps of far pairs are smaller than what float32 resolves.
+# They are stored times this factor, because overlaps of distant pairs are too small for float32.
 KEPT_UNIT = 2.0**32
 
 
 def weighted_overlap(
     mean: Tensor, var: Tensor, alpha: Tensor, eps: float, log: bool, backend: str
 ) -> Tensor:
-    """The differentiable operation: the distances of all pairs are measured once, if that fits."""
+    """The differentiable operation, which measures all distances once if the gradients fit."""
     if backend == PLAIN:
         return reference.weighted_overlap(mean, var, alpha, eps, log)
     wanted = torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad)
@@ -217,7 +218,7 @@ class WeightedOverlap(torch.autograd.Function):
 class Regularizer(torch.autograd.Function):
     """(order, offsets, pairs, weights, eps, log, backend, *features) -> scalar.
 
-    The fused path: one forward and one backward operation for all layers; gradients to features.
+    The fused path: one forward and one backward operation for all layers. Gradients to features.
     """
 
     @staticmethod

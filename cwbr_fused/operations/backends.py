@@ -5,9 +5,10 @@
 - `triton`: Triton kernels, for GPUs; on the CPU under TRITON_INTERPRET=1.
 - `cuda`: CUDA C++ kernels, for the NVIDIA GPUs they were compiled for.
 
-`backend="auto"` takes the first usable of cpu (CPU), or cuda, triton (GPU), then reference. The
-environment variable CWBR_BACKEND replaces "auto" by a name of your choice. Where "auto" takes the
-reference because compiled kernels are absent, the first call warns of it, once.
+`backend="auto"` takes the first that is usable: `cpu` for tensors on the CPU, `cuda` or `triton`
+for tensors on a GPU, and otherwise `reference`. The environment variable CWBR_BACKEND replaces
+"auto" by a name of your choice. If "auto" takes the reference because compiled kernels are absent,
+the first such call warns.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def resolve(backend: str, device_type: str) -> str:
 
 
 def _first_usable(device_type: str) -> str:
-    """Triton's interpreter, far slower than the reference, is taken only by name."""
+    """Triton's interpreter is slower than the reference by far, so only its name selects it."""
     names = [name for name in NAMES if (name, device_type) != ("triton", "cpu")]
     return next(name for name in names if rejection(name, device_type) is None)
 

@@ -13,7 +13,7 @@ from cwbr_fused.operations.autograd import first_order
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The processes that a call is about: this one, all, or some.
+# The processes whose samples a call takes together: this one alone, all, or some.
 Group: TypeAlias = "ProcessGroup | Literal['world'] | None"
 
 

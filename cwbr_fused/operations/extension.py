@@ -1,4 +1,4 @@
-"""Finds the implementations: the compiled extension, if one was built, and the Triton kernels."""
+"""Finds the compiled extensions, if they were built, and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def unsuited_gpu() -> str | None:
-    """Why the CUDA kernels cannot run on a GPU of this machine; None where they can on all."""
+    """Why the CUDA kernels cannot run on some GPU of this machine; None if they run on all."""
     if not _capabilities and not torch.compiler.is_compiling():  # which cannot trace the question
         devices = range(torch.cuda.device_count())
         _capabilities.extend(torch.cuda.get_device_capability(i) for i in devices)

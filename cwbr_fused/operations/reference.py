@@ -261,8 +261,8 @@ def regularizer(
 
     Returns:
         value: scalar.
-        mean, var: of every layer (K, D_l), or none where the backward pass computes them again,
-            which is for tensors on the CPU. Rows of groups in no pair of positive weight are not
+        mean, var: (K, D_l) for each layer; or nothing for tensors on the CPU, where the backward
+            pass computes them again. Rows of groups in no pair of positive weight are not
             specified.
         distance: (L, M). Distances of pairs of weight zero are not specified.
     """

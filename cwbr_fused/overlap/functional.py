@@ -1,19 +1,19 @@
-"""The steps of the regularizer one by one, on any backend, for those who build their own.
+"""The steps of the published regularizer one by one, on any backend, to build others from.
 
     classes, mu, var, counts, inv = class_stats_diag(z, y)
     alpha = confusion_alpha(logits, y, classes, inv)
     loss = bhat_confusion_loss(mu, var, alpha, top_m=64)
 
-computes what `cwbr_fused.loss(z, logits, y)` does in fewer kernels; and
+computes what `cwbr_fused.loss(z, logits, y)` computes in fewer kernels, and
 
     classes, mu, var, counts, inv = class_stats_diag(z, y, min_count=1)
     var, intensity = shrink_variance(var, counts, "analytic")
     alpha = confusion_alpha(logits, y, classes, inv)
     loss = bhat_confusion_loss(mu, var, alpha, temperature="dims", noise_floor=(counts, intensity))
 
-what it does with `min_count=1, shrinkage="analytic", temperature="dims", noise_floor=True`. The
-number of classes in the batch is a shape here, so on a GPU `class_stats_diag` waits for it;
-`cwbr_fused.loss` does not.
+computes it with `min_count=1, shrinkage="analytic", temperature="dims", noise_floor=True`. The
+number of classes in the batch is a shape here, so on a GPU `class_stats_diag` waits for the device,
+as `cwbr_fused.loss` does not.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def confusion_alpha(
 ) -> Tensor:
     """How much softmax mass the classes of a batch lend each other; no gradient.
 
-    `alpha = (P + P^T)/2` with a zero diagonal, `P[k, j]` the mean of `softmax(logits)[:, j]` over
-    the samples of class k, for the classes of the batch.
+    `alpha = (P + P^T)/2` with a zero diagonal, for the classes of the batch. `P[k, j]` is the mean
+    of `softmax(logits)[:, j]` over the samples of class k.
 
     Args:
         logits: (B, C).
@@ -111,10 +111,10 @@ def shrink_variance(
         var: (K, D) biased variances, from `class_stats_diag`; gradients flow to it.
         counts: (K,) samples of each class.
         shrinkage: None for l = 0, a number q > 0 of pseudo-counts for `l_k = q/(f_k + q)`,
-            "analytic" for the intensity of least estimated squared error, "pooled" for l = 1. With
-            any but None a class of one sample takes the pooled variance; with None it has eps.
-        eps: the smallest variance, the one of `class_stats_diag`: a var not above it counts as 0.
-            Where it is active no gradient passes.
+            "analytic" for the intensity of least estimated squared error, "pooled" for l = 1. A
+            class of one sample takes the pooled variance, or eps if shrinkage is None.
+        eps: the smallest variance, that of `class_stats_diag`. A var that is not above it counts as
+            0. No gradient passes where the clamp is active.
 
     Returns:
         var: (K, D).
@@ -179,9 +179,9 @@ def bhattacharyya_diag(
         mu, var: (K, D) each; gradients flow to both.
         eps: added to the variances.
         backend, temperature: see `cwbr_fused.loss`.
-        noise_floor: the `counts` of `class_stats_diag` and the `intensity` of `shrink_variance`, of
-            which var then comes: D is corrected by what the sampling of that many adds to it. It
-            may then be negative, where `rho = 1 - D`.
+        noise_floor: the `counts` of `class_stats_diag` and the `intensity` of `shrink_variance`,
+            from which var must then come. D is corrected by what so few samples add to it. Where
+            a corrected D is negative, `rho = 1 - D`.
 
     Returns:
         D, rho: (K, K) each, symmetric, with diagonals 0 and 1.
@@ -206,16 +206,17 @@ def bhat_confusion_loss(
 ) -> Tensor:
     """Confusion-weighted overlap of one layer: `sum(alpha rho) / max(sum(alpha), eps)`.
 
-    Over the `top_m` pairs i < j of largest alpha, ties to the smaller (i, j); over all pairs, never
-    stored, when `top_m` is None or there are no more. No gradient to alpha.
+    The sums are over the `top_m` pairs i < j of largest alpha, ties to the smaller (i, j). If
+    `top_m` is None, or there are no more pairs, they are over all pairs, which are never stored.
+    There is no gradient to alpha.
 
     Args:
         mu, var: (K, D) each; gradients flow to both.
         alpha: (K, K) symmetric; its upper triangle is read.
         top_m: how many pairs; None for all.
         eps: added to the variances, and the smallest normaliser.
-        objective, backend, temperature: see `cwbr_fused.loss`. With a temperature or a noise floor
-            all pairs are stored, if all are asked for.
+        objective, backend, temperature: see `cwbr_fused.loss`. A temperature or a noise floor over
+            all pairs stores them.
         noise_floor: see `bhattacharyya_diag`.
 
     Returns:

@@ -1,28 +1,27 @@
 """The published form as a loss on the outputs of a network's layers, and its weight.
 
-`group` takes the statistics of all processes' samples together:
+With `group` the class statistics are those of the samples of all processes together. N processes
+with B/N samples each then get the loss of one process with B samples. Under
+DistributedDataParallel or `fully_shard`, which average gradients over the processes, they also get
+its parameter gradients, to float32 rounding. A process may have any number of samples of any
+classes, including none.
 
-N processes with B/N samples each get the loss of one process with B samples, and under
-DistributedDataParallel or `fully_shard`, which average gradients over the processes, its parameter
-gradients, to float32 rounding. Every process may have any number of samples, also none, of any
-classes.
-
-What travels, by all-reduce, for K classes that have `min_count` samples in all processes together:
-the sample counts and their squares (2 C + 1 numbers), the mean softmax rows (K, K), and the mean,
-the variance and later the gradients of both (K, D), for all layers at once. Features never do. Each
+Features stay where they are. The processes all-reduce, for the K classes that have `min_count`
+samples among them, the sample counts and their squares (2 C + 1 numbers), the mean softmax rows
+(K, K), and for all layers at once the means, the variances and the gradients of both (K, D). Each
 process then measures the same pairs.
 
-Each process issues the same collectives in the same order, whatever its samples: four forward and
-one backward. So every process must call `loss` and, unless all skip it, `backward`, with the same
-options and the same layers. A process that is gone, or does not call, is an error in the others
-once the group's timeout has passed.
+Every process issues the same collectives in the same order, whatever its samples: four in the
+forward pass and one in the backward pass. So every process must call `loss` with the same options
+and the same layers, and then `backward`, unless all of them skip it. If a process dies or does not
+call, the others raise an error when the timeout of the group has passed.
 
-- The number of usable classes is read on the host once per call; on a GPU that waits for the
-  forward pass. torch.compile breaks its graph here, and a CUDA graph cannot hold it.
-- Gradient accumulation: the statistics are those of one micro-batch over all processes. It needs
-  no care: the collectives here are issued under `no_sync()` as well.
-- `scale_match(ce, reg)` weights by the process's own `ce`; averaged over processes that is the
-  weight of the mean `ce`, the one DDP minimises.
+- The number of usable classes is read on the host once per call. On a GPU this waits for the
+  forward pass; torch.compile breaks its graph here, and a CUDA graph cannot hold the call.
+- With gradient accumulation the statistics are those of one micro-batch over all processes. The
+  collectives here are issued under `no_sync()` as well.
+- `scale_match(ce, reg)` weights by the `ce` of the process. Its average over the processes is the
+  weight of the mean `ce`, which DDP minimises.
 """
 
 from __future__ import annotations
@@ -57,18 +56,19 @@ def loss(
     shrinkage: Shrinkage = None,
     noise_floor: bool = False,
 ) -> Tensor:
-    """The published regularizer of a batch, for study and comparison; train with `CWBR` instead.
+    """The published regularizer: faithful to its formula, not recommended for training; use `CWBR`.
 
-    Trained with, it lowered accuracy in every setting that was measured. On wide layers its value
-    underflows to 0 and it does nothing; on narrow ones `scale_match` amplifies the gradient of a
-    few pairs. `cwbr_fused.CWBR` is the form to train with.
+    It is here for study and comparison. Training with it lowered accuracy in every setting that was
+    measured: on wide layers its value underflows to 0 and it does nothing, and on narrow ones
+    `scale_match` amplifies the gradient of a few pairs. `cwbr_fused.CWBR` is the form to train
+    with.
 
-    Per layer: diagonal Gaussians of the classes with at least `min_count` samples; for the `top_m`
-    pairs of them that the softmax confuses most, `sum(alpha rho) / max(sum(alpha), eps)`, with the
-    overlap `rho = exp(-D)` of the pair and its confusion `alpha`, which carries no gradient. The
-    value is the mean over the layers. Equivalent to `cwbr_fused.reference.loss`, in a few kernels;
-    in some more with soft targets or one of the last three keywords, which change nothing unless
-    given.
+    At each layer the classes with at least `min_count` samples are diagonal Gaussians. For the
+    `top_m` pairs of them that the softmax confuses most, the loss of the layer is
+    `sum(alpha rho) / max(sum(alpha), eps)`, with the overlap `rho = exp(-D)` of the pair and its
+    confusion `alpha`, which carries no gradient. The value is the mean over the layers. It is that
+    of `cwbr_fused.reference.loss`, in a few kernels. Soft targets and the last three keywords take
+    some more; these keywords change nothing unless they are given.
 
     Args:
         features: raw layer outputs: a tensor, a sequence or a mapping of tensors. (B, D) is used
@@ -76,41 +76,42 @@ def loss(
             `to_vec` yourself for anything else. Gradients flow to these.
         logits: (B, C). No gradient.
         targets: (B,) integer classes in [0, C); or soft targets (B, C) of any floating dtype,
-            finite and >= 0, as from label smoothing, mixup or CutMix: moments and mean softmax rows
-            are then weighted by membership above the uniform floor of each row, and a class counts
-            as many samples as its weights sum to. Rows need not sum to 1; a row of zeros is an
+            finite and >= 0, as from label smoothing, mixup or CutMix. Moments and mean softmax rows
+            are then weighted by membership above the uniform floor of each row, and a class has as
+            many samples as its weights sum to. Rows need not sum to 1; a row of zeros is an
             unlabelled sample. No gradient. See `cwbr_fused.inputs.targets`.
         top_m: how many pairs; None for all.
-        min_count: classes with fewer samples in the batch are left out. 1 is of use with
-            `shrinkage` only: a class of one sample then takes the pooled variance.
-        eps: smallest variance, and what is added to it, in squared feature units.
+        min_count: classes with fewer samples in the batch are left out. A value of 1 is useful
+            with `shrinkage` only, where a class of one sample takes the pooled variance.
+        eps: the smallest variance, and what is added to every variance, in squared feature units.
         objective: "overlap", or "log_overlap" for its logarithm, `log(sum(alpha rho)/sum(alpha))`
             by log-sum-exp, which keeps its gradient where rho underflows.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `cwbr_fused.backends.explain`.
         group: None takes the statistics of this process's batch. A `torch.distributed.ProcessGroup`
-            takes those of its processes' batches together, "world" of the default group's (looked
-            up at each call, so it may be given before `init_process_group`). Every process of the
-            group must then call `loss` and `backward`; see `cwbr_fused.overlap.loss`.
+            takes those of the batches of all its processes together, and "world" those of the
+            default group, which is looked up at each call and so may be made later. Every process
+            of the group must then call `loss` and `backward`; see `cwbr_fused.overlap.loss`.
         temperature: a number T > 0 puts D/T in the place of D; "dims" divides each layer's D by its
             number of dimensions, so that the overlap neither underflows in wide layers nor is left
             to the narrowest one.
-        shrinkage: takes unbiased class variances, shrunk to the pooled within-class variance: by a
-            number of pseudo-counts > 0, by the "analytic" intensity, which is estimated for each
-            class and carries no gradient, or fully, "pooled". See `cwbr_fused.overlap.adjustments`.
-        noise_floor: takes unbiased variances and corrects D by what the sampling of few samples
-            adds to it: identical classes read 0 on average, and separated ones their true distance.
-            A corrected D may be negative; the overlap is then `1 - D`, which goes on where exp(-D)
-            left off with the same slope. Without shrinkage it wants classes of at least 3 samples:
-            of the means of two classes of 2 it makes nothing. See `cwbr_fused.overlap.adjustments`.
+        shrinkage: takes unbiased class variances and shrinks them to the pooled within-class
+            variance: by a number of pseudo-counts > 0, by the "analytic" intensity, which is
+            estimated for each class and carries no gradient, or fully ("pooled"). See
+            `cwbr_fused.overlap.adjustments`.
+        noise_floor: takes unbiased variances and subtracts from D what few samples add to it. The
+            distance of identical classes is then 0 on average, and that of others their true
+            distance. A corrected D may be negative; the overlap is then `1 - D`, which continues
+            exp(-D) with the same slope. Without shrinkage this needs classes of at least 3 samples:
+            for two classes of 2 the means are left out. See `cwbr_fused.overlap.adjustments`.
 
     Returns:
         A scalar, float32 (float64 for float64 features). With fewer than two usable classes it is
-        0 with zero gradients. A non-finite feature of a used class makes it, and the gradients,
-        non-finite.
+        0 with zero gradients. A non-finite feature of a used class makes the value and the
+        gradients non-finite.
 
     Raises:
-        TypeError, ValueError: naming the argument, before any kernel starts. Out-of-range targets
-            on a GPU are a device-side assertion instead.
+        TypeError, ValueError: naming the argument, before any kernel starts. On a GPU, targets out
+            of range are a device-side assertion instead.
     """
     options = OverlapOptions(
         top_m, min_count, eps, objective, backend, group, temperature, shrinkage, noise_floor
@@ -153,13 +154,14 @@ def common_vectors(
 def scale_match(
     ce: Tensor, reg: Tensor, eps: float = 1e-6, *, objective: Objective = "overlap"
 ) -> Tensor:
-    """The published weight of the published regularizer; `CWBR` needs no weight and no such call.
+    """The published weight: faithful to its formula, not recommended for training; use `CWBR`.
 
     The total loss `ce + stopgrad(ce / (reg + eps)) * reg` has two terms of equal value, but not of
-    equal gradient: a small `reg` is multiplied by a large number, which harms training.
+    equal gradient: a small `reg` is multiplied by a large number, which harms training. `CWBR`
+    needs no weight.
 
-    For `objective="log_overlap"`, where `reg` is a logarithm, the same weighting in its limit:
-    the gradient is `grad ce + ce grad reg`, and the value is `ce`.
+    For `objective="log_overlap"`, where `reg` is a logarithm, the weighting is the limit of this
+    one: the gradient is `grad ce + ce grad reg`, and the value is `ce`.
 
     Args:
         ce: scalar cross-entropy.

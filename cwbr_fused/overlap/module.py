@@ -15,10 +15,10 @@ from cwbr_fused.overlap.silence import HealthCheck, causes_in_batch
 
 
 class ConfusionWeightedBhatReg(nn.Module):
-    """The published regularizer as a module, for study; train with `cwbr_fused.CWBR` instead.
+    """The published regularizer: faithful to its formula, not recommended for training; use `CWBR`.
 
-    `cwbr_fused.loss` over the named layers of a mapping of features. Trained with, it lowered
-    accuracy in every setting that was measured; see `cwbr_fused.loss`.
+    This module computes `cwbr_fused.loss` of the named layers in a mapping of features, for study
+    and comparison. Training with it lowered accuracy in every setting that was measured.
 
         catcher = FeatureCatcher()
         catcher.add(model.layer3, "layer3").add(model.layer4, "layer4")
@@ -29,11 +29,12 @@ class ConfusionWeightedBhatReg(nn.Module):
     Args:
         layer_names: keys of the features to use; others are ignored.
         top_m, eps, min_count, objective, backend, group, temperature, shrinkage, noise_floor: see
-            `cwbr_fused.loss`. A module that is to be copied or pickled wants group="world": a
+            `cwbr_fused.loss`. Give group="world" to a module that will be copied or pickled: a
             ProcessGroup is bound to its process.
-        check_every: warns of a regularizer without effect (`cwbr_fused.overlap.silence`) by a look
-            at the first training call and at every so-many-th, which alone wait for the device;
-            None for no look. Under torch.compile and in CUDA graphs there is none.
+        check_every: how often a training call is examined for a regularizer without effect
+            (`cwbr_fused.overlap.silence`): the first call and every `check_every`-th after it. Only
+            these calls wait for the device. None for no examination; there is none under
+            torch.compile and in CUDA graphs either.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ Shrinkage: TypeAlias = float | Literal["analytic", "pooled"] | None
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """The keywords of `cwbr_fused.loss`, which says what they mean."""
+    """The keywords of `cwbr_fused.loss`; its docstring says what they mean."""
 
     top_m: int | None = 64
     min_count: int = 2
@@ -31,16 +31,16 @@ class OverlapOptions:
 
     @property
     def log(self) -> bool:
-        """Whether the logarithm of the overlap is meant."""
+        """Whether the objective is the logarithm of the overlap."""
         return self.objective == "log_overlap"
 
     @property
     def adjusted(self) -> bool:
-        """Whether the distances depart from the plain formulas."""
+        """Whether the distances differ from the plain formulas."""
         return self.temperature is not None or self.shrinkage is not None or self.noise_floor
 
     def check(self) -> OverlapOptions:
-        """Itself.
+        """The options themselves, if they are valid.
 
         Raises:
             TypeError, ValueError: naming the option.

@@ -1,8 +1,8 @@
-"""Warnings for a regularizer that does nothing, or not what it should, with what to do about it.
+"""Warnings about a published regularizer that does nothing or harm, each with a remedy.
 
-`ConfusionWeightedBhatReg` looks at its batch in the first training call and in every 100th after
-it, the only ones that wait for the device; each cause is reported once per module. `PKSampler`
-reports what its arguments leave out, when it is made. To turn them into errors, or off:
+`ConfusionWeightedBhatReg` examines the batch of its first training call and of every 100th after
+it. Only these calls wait for the device. Each cause is reported once per module. These lines turn
+the warnings into errors, or off:
 
     warnings.simplefilter("error", cwbr_fused.CWBRWarning)  # or "ignore"
 """
@@ -38,10 +38,11 @@ INSTEAD = (
 
 
 class HealthCheck:
-    """When to look, and what was reported already.
+    """Which calls to examine, and which causes were reported already.
 
     Args:
-        check_every: looks at the first training call and at every so-many-th; None: never.
+        check_every: examines the first training call and every `check_every`-th after it; None for
+            no call.
     """
 
     def __init__(self, check_every: int | None) -> None:
@@ -52,10 +53,10 @@ class HealthCheck:
         self.reported: set[str] = set()
 
     def due(self, value: Tensor) -> bool:
-        """Counts a training call that returned `value`; whether this one is to be looked at.
+        """Counts a training call that returned `value`, and says whether to examine it.
 
-        Calls that do not run now are not counted: compiled ones, those captured in a CUDA graph,
-        those of fake tensors, which have no values.
+        Calls without values are not counted: compiled ones, those captured in a CUDA graph, and
+        those of fake tensors.
         """
         if torch.compiler.is_compiling() or self.check_every is None:
             return False
@@ -85,11 +86,11 @@ def causes_in_batch(
 ) -> dict[str, str]:
     """What is wrong with a batch, by cause: "classes", "underflow", "scale" or "clamp".
 
-    Takes the same steps as the loss, and waits for the device. Of a group of processes, whose
-    joint statistics are not kept, only the value is judged.
+    The function repeats the steps of the loss and waits for the device. For a group of processes,
+    whose joint statistics are not kept, it judges the value alone.
 
     Args:
-        value: what `cwbr_fused.loss` returned for the other arguments, which are its own.
+        value: what `cwbr_fused.loss` returned for the other arguments.
     """
     if process_group(options.group) is not None:
         return {} if options.log else _cause_in_value(value.item())
@@ -131,16 +132,16 @@ def causes_in_batch(
     if layers := _above(CLAMPED_VARIANCES, batch.clamped):
         causes["clamp"] = (
             f"class variances are at eps={eps:g} or below it in {layers}: these dimensions are "
-            "constant within a class, as dead ones are, or small beside eps. Take the features "
-            "before the activation, another layer, or a smaller eps"
+            "constant within a class, like dead units, or small compared with eps. Take the "
+            "features before the activation, another layer, or a smaller eps"
             + (", or shrinkage for classes of one sample." if min_count == 1 else ".")
         )
     return causes
 
 
 class _Measured(NamedTuple):
-    """A batch in numbers: its classes, the regularizer, and of each layer the share of chosen pairs
-    without overlap and of variances at eps."""
+    """A batch in numbers: its usable and present classes, the value of the regularizer, and for
+    each layer the share of chosen pairs without overlap and of variances at eps."""
 
     usable: float
     present: float
@@ -157,7 +158,7 @@ def _measured(
     chosen: Tensor,
     present: Tensor,
 ) -> _Measured:
-    """All numbers in one wait for the device.
+    """Reads all numbers in one wait for the device.
 
     Args:
         clamped: by layer (K, D), which variances are at eps.
@@ -187,12 +188,12 @@ def _classes_present(targets: Targets, columns: int, backend: str) -> Tensor:
 
 
 def _above(limit: float, shares: Mapping[str, float]) -> str:
-    """The layers whose share is above the limit, with it; empty if none is."""
+    """The layers whose share is above the limit, with their shares; empty if there is none."""
     return ", ".join(f"{name} ({share:.0%})" for name, share in shares.items() if share > limit)
 
 
 def _cause_in_value(reg: float) -> dict[str, str]:
-    """What the value of the published form, an overlap in [0, 1], tells by itself."""
+    """What the value alone, an overlap in [0, 1], says about the published form."""
     if reg == 0:
         return {
             "scale": "the regularizer is exactly 0 and adds nothing: the overlaps or the confusion "

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 class Statistics(NamedTuple):
-    """What a batch says of its classes.
+    """What a batch says about its classes.
 
-    counts: (K,) samples of each; 0 for the unused.
-    alpha: (K, K), their confusion; 0 for the unused.
-    moments: of each layer mean and biased variance, (K, D_l) each.
+    counts: (K,) samples of each class; 0 for unused rows.
+    alpha: (K, K), the confusion of the classes; 0 for unused rows.
+    moments: mean and biased variance of the classes at each layer, (K, D_l) each.
     """
 
     counts: Tensor
@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Gaussians of the classes at one layer: mean and var (K, D), and what sampled them."""
+    """Gaussians of the classes at one layer: mean and var (K, D), and their sampling noise."""
 
     mean: Tensor
     var: Tensor
@@ -70,7 +70,7 @@ def regularizer(
 
     Args:
         vectors: L tensors (B, D_l) of one accumulation dtype.
-        processes: whose samples are taken together; None for this process's own.
+        processes: those whose samples are taken together; None for this process alone.
     """
     whole = targets.shares is None and processes is None
     if whole and options.top_m is not None and not options.adjusted and backend != PLAIN:
@@ -94,7 +94,7 @@ def statistics_of(
     backend: str,
     processes: ProcessGroup | None = None,
 ) -> Statistics:
-    """See `regularizer` for the arguments."""
+    """The class statistics of a batch; see `regularizer` for the arguments."""
     dtype = accumulation_dtype(vectors[0].dtype)
     min_count, eps = options.min_count, options.eps
     if targets.shares is not None or processes is not None:
@@ -110,10 +110,10 @@ def statistics_of(
 
 
 def adjusted(statistics: Statistics, options: OverlapOptions) -> tuple[Tensor, list[Layer]]:
-    """The weights alpha (K, K) and the Gaussians of each layer, as the options want them.
+    """The weights alpha (K, K) and the Gaussians of each layer, after shrinkage.
 
-    The weights are zero if the variances are shrunk and no class has two samples: then there is no
-    variance to shrink to.
+    If the variances are shrunk and no class has two samples, there is no variance to shrink to, and
+    the weights are zero.
     """
     counts, alpha, moments = statistics
     if options.shrinkage is None and not options.noise_floor:
