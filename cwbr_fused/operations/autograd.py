@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from cwbr_fused.operations import reference, schema
-
-# Not a backend: the reference under ordinary autograd, which can differentiate twice.
-PLAIN = "plain"
+from cwbr_fused.operations.backends import PLAIN
 
 _REFERENCE = SimpleNamespace(**{name: schema.pure_pytorch(name) for name in schema.SCHEMAS})
 OPERATIONS: dict[str, Any] = {

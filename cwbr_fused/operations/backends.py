@@ -23,6 +23,8 @@ __all__ = ["NAMES", "Backend", "check", "explain", "rejection", "resolve"]
 
 Backend: TypeAlias = Literal["auto", "cpu", "cuda", "triton", "reference"]
 NAMES = ("cpu", "cuda", "triton", "reference")
+# The reference under ordinary autograd, which can differentiate twice: `cwbr_fused.reference`.
+PLAIN = "plain"
 
 # Asked once, here, because torch.compile cannot trace the question.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -54,7 +56,7 @@ def check(backend: str) -> str:
     source = "backend"
     if backend == "auto":
         backend, source = os.environ.get("CWBR_BACKEND", "auto"), "CWBR_BACKEND"
-    if backend != "auto" and backend not in NAMES:
+    if backend not in ("auto", PLAIN, *NAMES):
         raise ValueError(f"{source}: expected 'auto' or one of {NAMES}, got {backend!r}")
     return backend
 
@@ -72,7 +74,7 @@ def resolve(backend: str, device_type: str) -> str:
         if chosen == "reference" and reason is not None:
             absence.warn_once(device_type, reason)
         return chosen
-    reason = rejection(backend, device_type)
+    reason = rejection(backend, device_type) if backend != PLAIN else None
     if reason is not None:
         raise ValueError(f"backend: expected one that can be used, got {backend!r}: {reason}")
     return backend
