@@ -208,7 +208,7 @@ def test_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["--method", "magic"], "'magic'.*log_overlap"),
-        (["--layers", "layer2", "layer9"], "no layer 'layer9'"),
+        (["--layers", "layer2", "layer9"], "got 'layer9'"),
         (["--model", "timm:resnet50"], "timm:resnet50 needs the package timm: pip install timm"),
         (["--model", "resnet50"], "needs the package torchvision"),
         (["--model", "keras:resnet50"], "--model.*keras"),
