@@ -35,14 +35,14 @@ RIVALS = (
 CHARACTERS, TYPEFACES, MANY = "characters, 5 images", "typefaces", "1000 characters, 5 images"
 PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], range], ...] = (
     ((TYPEFACES, CHARACTERS), ("ArcFace", "cross-entropy"), MAIN, range(3)),
-    ((CHARACTERS,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
+    ((CHARACTERS,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
     ((CHARACTERS, TYPEFACES), ("cross-entropy",), ("pull",), range(3)),
     ((CHARACTERS, TYPEFACES), ("cross-entropy",), RIVALS, range(3)),
-    ((TYPEFACES,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
+    ((TYPEFACES,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
     ((MANY,), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(3)),
     ((CHARACTERS, TYPEFACES), ("ArcFace",), ("pull",), range(3)),
     ((CHARACTERS, TYPEFACES), ("cosine", "averaged"), MAIN, range(3)),
-    ((MANY,), ("label smoothing", "mixup", "all three"), MAIN, range(3)),
+    ((MANY,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
     (tuple(SETTINGS), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(5)),
 )
 

@@ -32,7 +32,7 @@ BASES = {
     "cosine": Base("cosine head, scale 16", scale=16),
     "ArcFace": Base("ArcFace, scale 16, margin 0.2", scale=16, margin=0.2),
     "averaged": Base("moving average of the weights, 0.99", average=0.99),
-    "all three": Base(
+    "smoothing, mixup, EMA": Base(
         "label smoothing, mixup and averaged weights", smoothing=0.1, mixup=0.2, average=0.99
     ),
 }

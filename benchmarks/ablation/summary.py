@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.ablation.bases import BASES
 from benchmarks.ablation.methods import METHODS
 from benchmarks.markdown import insert_table
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
-ALONE, OURS = "alone", "CWBR"
+ALONE, OURS, MEAN = "alone", "CWBR", "mean of the recipes"
 # The interval of two says nothing that a reader can use.
 LEAST_SEEDS = 3
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -63,11 +64,36 @@ def load(folder: Path, jobs: Iterable[Job]) -> dict[Job, dict[str, float]]:
 
 
 def rows(results: Results) -> list[Row]:
-    """Every method against its base alone, and the recommended form against its pull alone."""
+    """Every method against its base alone; the recommended form also against its pull alone.
+
+    Where two bases or more have enough seeds, the base `MEAN` is the mean over them, by seed.
+    """
     cells = dict.fromkeys((job.setting, job.base, job.method) for job in results)
     found = [_row(results, *cell, ALONE) for cell in cells]
+    settings = dict.fromkeys(job.setting for job in results)
+    found += [_row(_mean_base(results, name), name, MEAN, OURS, ALONE) for name in settings]
     found += [_row(results, *cell, "pull") for cell in cells if cell[2] == OURS]
     return [row for row in found if row is not None]
+
+
+def _mean_base(results: Results, setting: str) -> Results:
+    """The runs of a base that is the mean of those with enough seeds, for the seeds they share."""
+    seeds: dict[str, set[int]] = {}
+    for job in results:
+        pair = [Job(setting, job.base, method, job.seed) for method in (ALONE, OURS)]
+        if all(one in results for one in pair):
+            seeds.setdefault(job.base, set()).add(job.seed)
+    bases = [base for base, own in seeds.items() if len(own) >= LEAST_SEEDS]
+    if len(bases) < 2:
+        return {}
+    return {
+        Job(setting, MEAN, method, seed): {
+            part: float(np.mean([results[Job(setting, b, method, seed)][part] for b in bases]))
+            for part in ("train", "val", "test")
+        }
+        for seed in sorted(set.intersection(*(seeds[base] for base in bases)))
+        for method in (ALONE, OURS)
+    }
 
 
 def _row(results: Results, setting: str, base: str, method: str, against: str) -> Row | None:
@@ -145,10 +171,12 @@ def _cell(row: Row | None) -> str:
 
 def lines_of(found: list[Row]) -> list[tuple[str, str, str]]:
     """(label, base, method): `CWBR` on every base, then the other methods on each."""
-    pairs = list(dict.fromkeys((row.base, row.method) for row in found if row.against == ALONE))
-    ours = [(f"{base} + CWBR", base, method) for base, method in pairs if method == OURS]
-    others = [(f"{base} + {m}", base, m) for base, m in pairs if m not in (ALONE, OURS)]
-    return ours + others
+    order = [*BASES, MEAN]
+    pairs = {(r.base, r.method) for r in found if r.against == ALONE and r.method != ALONE}
+    ranked = sorted(
+        pairs, key=lambda pair: (pair[1] != OURS, order.index(pair[0]), [*METHODS].index(pair[1]))
+    )
+    return [(f"{base} + {method}", base, method) for base, method in ranked]
 
 
 def draw(found: list[Row], path: Path) -> None:
@@ -164,21 +192,23 @@ def draw(found: list[Row], path: Path) -> None:
         *(1, len(settings)),
         figsize=(3.4 * len(settings) + 2, 0.32 * len(lines) + 1.3),
         squeeze=False,
+        sharex=True,
         sharey=True,
         layout="constrained",
     )
     for axis, setting in zip(axes[0], settings, strict=True):
         axis.set_title(setting, fontsize=10)
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="x", color="0.92")
+        axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params("x", labelsize=8)
         axis.tick_params("y", labelsize=9, length=0)
         for place, (_, base, method) in enumerate(lines):
             if (row := cells.get((setting, base, method))) is not None:
                 _draw_gain(axis, row, place)
-        axis.margins(x=0.25)
     axes[0][0].set_yticks(range(len(lines)), [label for label, _, _ in lines])
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(lines) - 0.5, -0.7)
     figure.supxlabel(
         "points of test accuracy added to the recipe (paired by seed; lines: 95 % intervals; "
         "hollow: fewer than three seeds)",

@@ -130,6 +130,19 @@ def test_gains_are_paired_by_seed_on_the_same_base() -> None:
     assert ("cross-entropy", "CWBR", "alone") not in found
 
 
+def test_the_mean_over_recipes_is_taken_by_seed_where_seeds_are_enough() -> None:
+    gains = {"ArcFace": (1, 2, 3), "cross-entropy": (3, 2, 7), "mixup": (100, 100)}
+    results = {
+        Job(TYPEFACES, base, method, seed): result(80.0 + (gain if method == "CWBR" else 0))
+        for base, own in gains.items()
+        for seed, gain in enumerate(own)
+        for method in ("alone", "CWBR")
+    }
+    (row,) = [row for row in summary.rows(results) if row.base == summary.MEAN]
+    # By seed 2, 2 and 5: standard deviation sqrt(3), t of two degrees of freedom 4.303.
+    assert (row.seeds, row.gain, row.half) == (3, pytest.approx(3), pytest.approx(4.303))
+
+
 def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "WARM_UP", 1)
     monkeypatch.setattr(cost, "STEPS", 3)
