@@ -1,8 +1,9 @@
 """`make ablation`: runs what is missing, in the order of its worth, and writes the summary.
 
 Every run is one file in `runs/ablation`; stopping and starting again loses at most the runs under
-way. `--only SETTING ...` runs these, `--summary` only summarises, `--cost` only times the steps,
-`--limit N` starts N runs at most, `--seconds S` starts none after S seconds.
+way. `--only SETTING ...` runs these, `--summary` only summarises the runs, `--tables` only makes
+table, picture and README from `results/ablation.csv`, `--cost` only times the steps, `--limit N`
+starts N runs at most, `--seconds S` starts none after S seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from benchmarks.ablation import cost
 from benchmarks.ablation.bases import BASES
 from benchmarks.ablation.settings import SETTINGS
-from benchmarks.ablation.summary import Job, load, summarise
+from benchmarks.ablation.summary import Job, load, publish, read, summarise
 from benchmarks.ablation.training import execute
 
 RUNS = Path("runs/ablation")
@@ -62,6 +63,7 @@ def planned() -> Iterator[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--tables", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--base", nargs="+", choices=BASES, default=list(BASES))
@@ -71,6 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.cost:
         cost.write()
+        return
+    if options.tables:
+        publish(read())
         return
     wanted = [
         job

@@ -12,10 +12,12 @@ import numpy as np
 
 from benchmarks.ablation.bases import BASES
 from benchmarks.ablation.methods import METHODS
+from benchmarks.ablation.settings import SETTINGS
 from benchmarks.markdown import insert_table
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
+CSV = RESULTS / "ablation.csv"
 ALONE, OURS, MEAN = "alone", "CWBR", "mean of the recipes"
 # The interval of two says nothing that a reader can use.
 LEAST_SEEDS = 3
@@ -126,7 +128,7 @@ def _half_width(values: Any) -> float:
 def table(found: list[Row]) -> str:
     """Markdown: by setting and base the accuracy alone, and what every method adds to it."""
     lines = []
-    for setting in dict.fromkeys(row.setting for row in found):
+    for setting in settings_of(found):
         own = [row for row in found if row.setting == setting and row.against == ALONE]
         lines += [
             f"**{setting}**",
@@ -150,7 +152,7 @@ def _interval(row: Row) -> str:
 
 def readme_table(found: list[Row]) -> str:
     """By base: the accuracy alone and what `CWBR` adds, by setting; then what others add."""
-    settings = list(dict.fromkeys(row.setting for row in found))
+    settings = settings_of(found)
     cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
     lines = [
         "| test accuracy, % | " + " | ".join(settings) + " |",
@@ -167,6 +169,11 @@ def _cell(row: Row | None) -> str:
         return ""
     gain = f"{row.gain:+.1f}{_interval(row)}"
     return f"{row.mean - row.gain:.1f} {f'**{gain}**' if row.method == OURS else gain}"
+
+
+def settings_of(found: list[Row]) -> list[str]:
+    """The settings that there are, in the order in which they are shown."""
+    return [name for name in SETTINGS if any(row.setting == name for row in found)]
 
 
 def lines_of(found: list[Row]) -> list[tuple[str, str, str]]:
@@ -187,7 +194,7 @@ def draw(found: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
-    settings, lines = list(dict.fromkeys(row.setting for row in found)), lines_of(found)
+    settings, lines = settings_of(found), lines_of(found)
     figure, axes = plt.subplots(
         *(1, len(settings)),
         figsize=(3.4 * len(settings) + 2, 0.32 * len(lines) + 1.3),
@@ -229,12 +236,26 @@ def _draw_gain(axis: Any, row: Row, place: int) -> None:
 
 
 def summarise(results: Results) -> None:
-    """Writes ablation.csv, .md and .png and prints the table."""
-    found = rows(results)
-    with (RESULTS / "ablation.csv").open("w", newline="") as file:
+    """Writes ablation.csv, and from it what `publish` does."""
+    with CSV.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
-        writer.writerows([f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in found)
+        for row in rows(results):
+            writer.writerow([f"{x:.3f}" if isinstance(x, float) else x for x in row])
+    publish(read())
+
+
+def read() -> list[Row]:
+    """The rows of ablation.csv."""
+    with CSV.open(newline="") as file:
+        return [
+            Row(*cells[:4], int(cells[4]), *map(float, cells[5:]))
+            for cells in [*csv.reader(file)][1:]
+        ]
+
+
+def publish(found: list[Row]) -> None:
+    """Writes ablation.md, ablation.png and the table of the README, and prints the table."""
     text = table(found)
     (RESULTS / "ablation.md").write_text(text)
     print(text)

@@ -155,15 +155,46 @@ def test_cost_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ratio > 0.5
 
 
-def test_table_and_figure_show_what_there_is(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the summary is written."""
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(summary, "CSV", tmp_path / "ablation.csv")
+    monkeypatch.setattr(summary, "README", tmp_path / "README.md")
+    summary.README.write_text("# Title\n<!-- ablation:start -->\nold\n<!-- ablation:end -->\nend\n")
+    return tmp_path
+
+
+def test_table_figure_and_readme_show_what_there_is(folder: Path) -> None:
     results = {
         Job(TYPEFACES, "ArcFace", method, seed): result(accuracy + seed)
+        for method, accuracy in (("alone", 80.0), ("CWBR", 81.5), ("pull", 80.5))
+        for seed in range(3)
+    } | {
+        Job(TYPEFACES, "mixup", method, 0): result(accuracy)
+        for method, accuracy in (("alone", 70.0), ("CWBR", 69.0))
+    }
+    summary.summarise(results)
+    table, readme = (folder / "ablation.md").read_text(), summary.README.read_text()
+    assert "| ArcFace | CWBR | 3 | 82.5 | +1.5 ± 0.0 | +0.0 |" in table
+    assert "| mixup | CWBR | 1 | 69.0 | -1.0 (seeds: 1) | +0.0 |" in table
+    assert "| ArcFace + CWBR | 81.0 **+1.5 ± 0.0** |" in readme
+    assert readme.index("mixup + CWBR") < readme.index("ArcFace + CWBR") < readme.index("+ pull")
+    assert "SupCon" not in readme
+    assert "old" not in readme
+    assert (folder / "ablation.png").stat().st_size > 1000
+
+
+def test_tables_are_made_anew_from_the_csv_alone(folder: Path) -> None:
+    results = {
+        Job(TYPEFACES, "ArcFace", method, seed): result(accuracy + seed**2)
         for method, accuracy in (("alone", 80.0), ("CWBR", 81.5))
         for seed in range(3)
     }
-    found = summary.rows(results)
-    assert "| ArcFace | CWBR | 3 | 82.5 | +1.5 ± 0.0 | +0.0 |" in summary.table(found)
-    assert "| ArcFace + CWBR | 81.0 **+1.5 ± 0.0** |" in summary.readme_table(found)
-    assert "SupCon |" not in summary.readme_table(found)
-    summary.draw(found, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    summary.summarise(results)
+    readme = summary.README.read_text()
+    for row, written in zip(summary.rows(results), summary.read(), strict=True):
+        assert written[:5] == row[:5]
+        assert written[5:] == pytest.approx(row[5:], abs=1e-3)
+    summary.publish(summary.read())
+    assert summary.README.read_text() == readme
