@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fgvc.data import require
+from fgvc.packages import require
 
 LOG = "log.csv"
 Row = dict[str, float]
@@ -60,7 +60,7 @@ class Log:
         text = describe(row)
         if self._bar is None:
             print(f"{self._title}: step {int(row['step'])} of {self._total}, {text}", flush=True)
-        elif "val_accuracy" in row:
+        elif "val top-1" in row:
             self._bar.write(f"{self._title}: epoch {int(row['epoch'])}, {text}")
         else:
             self._bar.set_postfix_str(text)
@@ -80,16 +80,40 @@ class Log:
                 writer.close()
 
 
+class Silent:
+    """In place of the log in all processes but the first."""
+
+    def advance(self) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def by_layer(row: Row, kind: str) -> dict[str, float]:
+    """The values of a row's columns "KIND LAYER"."""
+    return {
+        name.removeprefix(f"{kind} "): value
+        for name, value in row.items()
+        if name.startswith(f"{kind} ")
+    }
+
+
 def describe(row: Row) -> str:
     """A row in words."""
-    if "val_accuracy" in row:
-        return f"validation accuracy {row['val_accuracy']:.1%}"
-    overlaps = ", ".join(
-        f"{name.removeprefix('rho ')} {value:.2g}"
-        for name, value in row.items()
-        if name.startswith("rho ")
-    )
-    return (
-        f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}, "
-        f"regularizer {row['regularizer']:.2g}, scale {row['scale']:.2g}, rho {overlaps}"
-    )
+    if "val top-1" in row:
+        return f"validation accuracy {row['val top-1']:.1%}, mean of classes {row['val class']:.1%}"
+    text = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.0%}"
+    pulls = by_layer(row, "pull")
+    if pulls:
+        text += ", CWBR's pull " + ", ".join(f"{n} {v:.0%}" for n, v in pulls.items())
+    if "scale" in row:
+        text += f", regularizer {row['regularizer']:.2g} x {row['scale']:.2g}"
+    distances = by_layer(row, "distance")
+    return text + ", distance " + ", ".join(f"{n} {v:.3f}" for n, v in distances.items())
