@@ -16,13 +16,13 @@ from cwbr_fused.inputs.targets import Targets
 from cwbr_fused.operations import reference
 from cwbr_fused.operations.autograd import (
     OPERATIONS,
-    PLAIN,
     Regularizer,
     all_pair_distance,
     class_moments,
     pair_distance,
     weighted_overlap,
 )
+from cwbr_fused.operations.backends import PLAIN
 from cwbr_fused.operations.reference import accumulation_dtype
 from cwbr_fused.overlap.adjustments import (
     Noise,
