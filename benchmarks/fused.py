@@ -30,32 +30,33 @@ def fused(inputs: Inputs, backend: str) -> Tensor:
 
 
 class _Attraction(torch.autograd.Function):
-    """Mean energy of a layer over samples and dimensions; its gradient comes with it."""
+    """Mean energy over samples, dimensions and layers; its gradient comes with it."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, *others: Any) -> Tensor:
-        *arguments, backend = others
-        energy, ctx.gradient = OPERATIONS[backend].class_attraction(z, *arguments)
-        value: Tensor = energy.mean() / z.shape[1]
+    def forward(ctx: Any, operation: Any, bank: Any, acting: Any, *features: Tensor) -> Tensor:
+        ctx.widths = [z.shape[1] for z in features]
+        ctx.gradient, numbers = operation(torch.cat(features, 1), *bank, *acting)
+        value: Tensor = numbers[0].mean()
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient * (grad / ctx.gradient.numel()), *(None,) * 5
+        gradients = ctx.gradient.split(ctx.widths, 1)
+        return *(None,) * 3, *(g * (grad / (g.numel() * len(gradients))) for g in gradients)
 
 
 def _attraction(inputs: Inputs, backend: str) -> Tensor:
-    """The two operations of `CWBR`: the classes once per step, then each layer's energy."""
+    """The two operations of `CWBR`: the classes once per step, then the energy of all layers."""
     assert inputs.logits is not None
     assert inputs.targets is not None
     seen = torch.ones(inputs.workload.classes, dtype=torch.bool, device=inputs.logits.device)
-    confused, probability, _ = OPERATIONS[backend].top_confusions(
+    operations = OPERATIONS[backend]
+    rivals, probability, own = operations.top_confusions(
         inputs.logits, inputs.targets, seen, inputs.workload.top_m
     )
-    index = torch.cat([inputs.targets[:, None], confused], 1)
-    coefficient = torch.cat([torch.ones_like(probability[:, :1]), -probability], 1)
-    layers = zip(inputs.features, inputs.bank_means, inputs.bank_vars, strict=True)
-    values = [
-        _Attraction.apply(z, mean, var, index, coefficient, backend) for z, mean, var in layers
-    ]
-    return torch.stack(values).mean()
+    shares = probability[:, :0]
+    acting = inputs.targets[:, None], shares, own, rivals, probability, seen, 1.0
+    var = torch.cat(inputs.bank_vars)
+    bank = inputs.bank_means, var, var.new_ones(len(inputs.bank_means))
+    value: Tensor = _Attraction.apply(operations.class_attraction, bank, acting, *inputs.features)
+    return value

@@ -203,17 +203,21 @@ def call_every_operation(kernels: Any, dtype: torch.dtype) -> Iterator[str]:
     kernels.class_moments_backward(*moments, z, *moments, order, offsets, EPS)
     yield "class_moments_backward"
     seen = torch.zeros(n_classes, dtype=torch.bool)
-    index, weight, _ = kernels.top_confusions(logits, targets, seen, 5)
+    rivals, weight, own = kernels.top_confusions(logits, targets, seen, 5)
     yield "top_confusions"
-    bank, var = floats(n_classes, dims), floats(dims)
-    kernels.class_attraction(z, bank, var, index, weight)
+    layers = 4
+    bank, var = [floats(n_classes, dims)] * layers, [floats(dims)] * layers
+    count, updates = [floats(n_classes)] * layers, [floats()] * layers
+    size, of_batch = floats(batch), floats(batch, layers * dims)
+    acting = targets[:, None], floats(batch, 0), own, rivals, weight, seen, 1.0
+    joint = floats(batch, layers * dims, dtype=dtype)
+    kernels.class_attraction(joint, bank, of_batch[0], floats(layers), *acting)
     yield "class_attraction"
-    count, size, of_batch = floats(n_classes), floats(batch), floats(batch, dims)
     kernels.observe_classes(
-        bank, count, var, floats(), targets, size, of_batch, of_batch, 0.95, 1e-3
+        *(bank, count, var, updates, targets, size, of_batch, of_batch), 0.95, 1e-3
     )
     yield "observe_classes"
-    kernels.follow_classes(bank, count, targets, size, of_batch, 0.9)
+    kernels.follow_classes(bank, count, targets, floats(layers, batch), of_batch, 0.9)
     yield "follow_classes"
     chosen, weights = integers(pairs, 2), floats(pairs)
     kernels.pair_distance(*moments, chosen, EPS)

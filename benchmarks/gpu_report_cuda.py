@@ -55,7 +55,7 @@ KERNELS = {
     "distance_gradients_kernel": ("regularizer", "backward", 128, 132, 264),
     "regularizer_backward_kernel": ("regularizer", "backward", 128, 0, 0),
     "top_confusions_kernel": ("top_confusions", "forward", 512, 392, 520),
-    "class_attraction_kernel": ("class_attraction", "forward", 128, 128, 256),
+    "class_attraction_kernel": ("class_attraction", "forward", 128, 288, 576),
     "class_weights_kernel": ("observe_classes", "forward", 128, 128, 256),
     "scatter_kernel": ("observe_classes", "forward", 128, 128, 256),
     "variances_kernel": ("observe_classes", "forward", 256, 1156, 2312),

@@ -60,38 +60,62 @@ struct Layer {
   void* grad;  // (batch, dims), written by the backward pass
 };
 
-// The class means of a bank, M = const T where they are read only.
+// One layer of a class bank, M = const T where it is read only. The matrices of a batch have all
+// layers side by side, this one from column `first` on.
 template <class M>
 struct Bank {
   M* mean;   // (classes, dims)
   M* count;  // (classes,) samples seen
-  int64_t classes, dims;
+  int64_t classes, dims, first;
 };
 
 // Distinct classes, negative for those to leave out, and what a batch has of each.
 template <class T>
 struct BatchClasses {
   const int64_t* classes;  // (count,)
-  const T* weight;         // (count,)
-  const T* mean;           // (count, dims)
-  const T* var;            // (count, dims)
-  int64_t count;
+  const T* weight;         // (count,); what is due to each layer: (layers, count)
+  const T* mean;           // (count, width)
+  const T* var;            // (count, width)
+  int64_t count, width;
 };
 
-// What a bank knows of the variances, and what it makes of them.
+// What a layer knows of its variances, and what it makes of them.
 template <class T>
 struct Variances {
   T* var;      // (dims,)
   T* updates;  // scalar
   T* metric;   // (dims,)
+  T* unit;     // scalar
 };
 
-// The classes that act on each sample, from -1 on, and how much.
+// What observe_classes knows of a layer.
+template <class T>
+struct Observed {
+  Bank<const T> bank;
+  Variances<T> variances;
+};
+
+// The classes that act on each sample.
 template <class T>
 struct Acting {
-  const int64_t* index;  // (batch, count)
-  const T* coefficient;  // (batch, count)
-  int64_t count;
+  const int64_t* labels;  // (batch, own), the main one first; negative for none
+  const T* shares;        // (batch, own), or null: 1 for each
+  const T* main_weight;   // (batch,)
+  const int64_t* rivals;  // (batch, others); negative for none
+  const T* weight;        // (batch, others)
+  const bool* seen;       // (classes,) of which classes something is known
+  int64_t own, others;
+  T push;
+};
+
+// What class_attraction writes of each layer and sample.
+template <class T>
+struct Attraction {
+  T* energy;    // (layers, batch)
+  T* nearest;   // (layers, batch)
+  T* right;     // (layers, batch)
+  T* squares;   // (layers, batch)
+  T* gradient;  // (batch, width)
 };
 
 }  // namespace cwbr

@@ -84,7 +84,7 @@ Tensor confusion_weights_op(const Tensor& logits, const Tensor& order, const Ten
   const InputMatrix rows = input_matrix(on, logits, "logits");
   const GroupTensors groups(on, order, offsets, rows.rows);
   const Tensor columns = input<int64_t>(on, classes, "classes", {groups.count()});
-  check_classes(on, columns, "classes", std::numeric_limits<int64_t>::min(), rows.cols);
+  check_below(on, columns, "classes", rows.cols);
   return on.with_element_type(rows.type, [&]<class In>(In) {
     using T = accumulate_t<In>;
     const Tensor alpha = empty<T>(on, {groups.count(), groups.count()});
@@ -151,73 +151,137 @@ Three top_confusions_op(const Tensor& logits, const Tensor& targets, const Tenso
   });
 }
 
+// The layers of a class bank: `mean` of (classes, dims) each.
+template <class T>
+struct BankTensors {
+  std::vector<Tensor> mean;
+  int64_t classes = 0, width = 0;
+
+  BankTensors(const auto& on, const std::vector<Tensor>& mean_of) {
+    check(!mean_of.empty(), "mean: expected at least one layer");
+    for (const Tensor& m : mean_of) {
+      mean.push_back(input<T>(on, m, "mean", {mean.empty() ? -1 : classes, -1}));
+      classes = m.size(0);
+      width += m.size(1);
+    }
+  }
+
+  int64_t count() const { return std::ssize(mean); }
+
+  // Another tensor of each layer.
+  void check_count(const std::vector<Tensor>& others, const char* name) const {
+    check(others.size() == mean.size(), name, ": expected ", mean.size(), " layers, got ",
+          others.size());
+  }
+
+  // Calls visit(layer, its dims, its first column).
+  void for_each_layer(const auto& visit) const {
+    int64_t first = 0;
+    for (int64_t l = 0; l < count(); first += mean[l++].size(1)) visit(l, mean[l].size(1), first);
+  }
+};
+
 template <class Device>
-Two class_attraction_op(const Tensor& z, const Tensor& mean, const Tensor& var, const Tensor& index,
-                        const Tensor& coefficient) {
+Two class_attraction_op(const Tensor& z, const std::vector<Tensor>& mean, const Tensor& var,
+                        const Tensor& unit, const Tensor& labels, const Tensor& shares,
+                        const Tensor& own, const Tensor& rivals, const Tensor& weight,
+                        const Tensor& seen, double push) {
   Device on(z);
   const InputMatrix features = input_matrix(on, z, "z");
-  const Tensor chosen = input<int64_t>(on, index, "index", {features.rows, -1});
+  const int64_t batch = features.rows;
+  const Tensor mine = input<int64_t>(on, labels, "labels", {batch, -1});
+  const Tensor others = input<int64_t>(on, rivals, "rivals", {batch, -1});
+  const bool equal_shares = shares.dim() == 2 && shares.size(1) == 0;
   return on.with_element_type(features.type, [&]<class In>(In) {
     using T = accumulate_t<In>;
-    const Tensor means = input<T>(on, mean, "mean", {-1, features.cols});
-    const Tensor variances = input<T>(on, var, "var", {features.cols});
-    check_classes(on, chosen, "index", -1, means.size(0));
-    const int64_t count = chosen.size(1);
-    const Tensor factor = input<T>(on, coefficient, "coefficient", {features.rows, count});
-    const Tensor energy = empty<T>(on, {features.rows});
-    const Tensor gradient = empty<T>(on, {features.rows, features.cols});
-    class_attraction(on, features.as<In>(),
-                     Bank<const T>{elements<T>(means), nullptr, means.size(0), features.cols},
-                     elements<T>(variances),
-                     Acting<T>{elements<int64_t>(chosen), elements<T>(factor), count},
-                     data<T>(energy), data<T>(gradient));
-    return Two(energy, gradient);
+    const BankTensors<T> bank(on, mean);
+    check(features.cols == bank.width, "z: expected the ", bank.width,
+          " dimensions of all layers, got ", features.cols);
+    const Tensor variances = input<T>(on, var, "var", {bank.width});
+    const Tensor units = input<T>(on, unit, "unit", {bank.count()});
+    check_below(on, mine, "labels", bank.classes);
+    check_below(on, others, "rivals", bank.classes);
+    const Tensor parts = input<T>(on, shares, "shares", {batch, equal_shares ? 0 : mine.size(1)});
+    const Tensor main_weight = input<T>(on, own, "own", {batch});
+    const Tensor weights = input<T>(on, weight, "weight", {batch, others.size(1)});
+    const Tensor known = input<bool>(on, seen, "seen", {bank.classes});
+    std::vector<Bank<const T>> layers;
+    bank.for_each_layer([&](int64_t l, int64_t dims, int64_t first) {
+      layers.push_back({elements<T>(bank.mean[l]), nullptr, bank.classes, dims, first});
+    });
+    const Tensor gradient = empty<T>(on, {batch, bank.width});
+    const Tensor numbers = empty<T>(on, {4, bank.count(), batch});
+    const int64_t size = bank.count() * batch;
+    T* const first = data<T>(numbers);
+    class_attraction(
+        on, features.as<In>(), layers, elements<T>(variances), elements<T>(units),
+        Acting<T>{elements<int64_t>(mine), equal_shares ? nullptr : elements<T>(parts),
+                  elements<T>(main_weight), elements<int64_t>(others), elements<T>(weights),
+                  elements<bool>(known), mine.size(1), others.size(1), T(push)},
+        Attraction<T>{first, first + size, first + 2 * size, first + 3 * size, data<T>(gradient)});
+    return Two(gradient, numbers);
   });
 }
 
 template <class Device>
-Two observe_classes_op(const Tensor& mean, const Tensor& count, const Tensor& var,
-                       const Tensor& updates, const Tensor& classes, const Tensor& size,
-                       const Tensor& batch_mean, const Tensor& batch_var, double momentum,
-                       double floor) {
-  Device on(mean);
-  return with_float_type(mean, [&]<class T>(T) {
-    const Tensor means = input<T>(on, mean, "mean", {-1, -1});
-    const int64_t num_classes = means.size(0), dims = means.size(1);
-    const Tensor seen = input<T>(on, count, "count", {num_classes});
+Three observe_classes_op(const std::vector<Tensor>& mean, const std::vector<Tensor>& count,
+                         const std::vector<Tensor>& var, const std::vector<Tensor>& updates,
+                         const Tensor& classes, const Tensor& size, const Tensor& batch_mean,
+                         const Tensor& batch_var, double momentum, double floor) {
+  Device on(classes);
+  return with_float_type(batch_mean, [&]<class T>(T) {
+    const BankTensors<T> bank(on, mean);
+    bank.check_count(count, "count");
+    bank.check_count(var, "var");
+    bank.check_count(updates, "updates");
     const Tensor rows = input<int64_t>(on, classes, "classes", {-1});
-    check_classes(on, rows, "classes", -1, num_classes);
+    check_classes(on, rows, "classes", -1, bank.classes);
     const int64_t groups = rows.size(0);
     const Tensor sizes = input<T>(on, size, "size", {groups});
-    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, dims});
-    const Tensor vars_of = input<T>(on, batch_var, "batch_var", {groups, dims});
-    const Tensor weight = empty<T>(on, {groups}), metric = empty<T>(on, {dims});
-    observe_classes(on, Bank<const T>{elements<T>(means), elements<T>(seen), num_classes, dims},
-                    BatchClasses<T>{elements<int64_t>(rows), elements<T>(sizes),
-                                    elements<T>(means_of), elements<T>(vars_of), groups},
-                    Variances<T>{written<T>(on, var, "var", {dims}),
-                                 written<T>(on, updates, "updates", {}), data<T>(metric)},
-                    momentum, floor, data<T>(weight));
-    return Two(weight, metric);
+    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, bank.width});
+    const Tensor vars_of = input<T>(on, batch_var, "batch_var", {groups, bank.width});
+    const Tensor weight = empty<T>(on, {bank.count(), groups}), unit = empty<T>(on, {bank.count()});
+    const Tensor metric = empty<T>(on, {bank.width});
+    std::vector<Tensor> seen;
+    std::vector<Observed<T>> layers;
+    bank.for_each_layer([&](int64_t l, int64_t dims, int64_t first) {
+      seen.push_back(input<T>(on, count[l], "count", {bank.classes}));
+      layers.push_back(
+          {{elements<T>(bank.mean[l]), elements<T>(seen[l]), bank.classes, dims, first},
+           {written<T>(on, var[l], "var", {dims}), written<T>(on, updates[l], "updates", {}),
+            data<T>(metric) + first, data<T>(unit) + l}});
+    });
+    observe_classes(
+        on, layers,
+        BatchClasses<T>{elements<int64_t>(rows), elements<T>(sizes), elements<T>(means_of),
+                        elements<T>(vars_of), groups, bank.width},
+        momentum, floor, data<T>(weight));
+    return Three(weight, metric, unit);
   });
 }
 
 template <class Device>
-void follow_classes_op(const Tensor& mean, const Tensor& count, const Tensor& classes,
-                       const Tensor& weight, const Tensor& batch_mean, double momentum) {
-  Device on(mean);
-  with_float_type(mean, [&]<class T>(T) {
-    T* const means = written<T>(on, mean, "mean", {-1, -1});
-    const int64_t num_classes = mean.size(0), dims = mean.size(1);
-    T* const seen = written<T>(on, count, "count", {num_classes});
+void follow_classes_op(const std::vector<Tensor>& mean, const std::vector<Tensor>& count,
+                       const Tensor& classes, const Tensor& weight, const Tensor& batch_mean,
+                       double momentum) {
+  Device on(classes);
+  with_float_type(batch_mean, [&]<class T>(T) {
+    const BankTensors<T> bank(on, mean);
+    bank.check_count(count, "count");
     const Tensor rows = input<int64_t>(on, classes, "classes", {-1});
-    check_classes(on, rows, "classes", -1, num_classes);
+    check_classes(on, rows, "classes", -1, bank.classes);
     const int64_t groups = rows.size(0);
-    const Tensor weights = input<T>(on, weight, "weight", {groups});
-    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, dims});
-    follow_classes(on, Bank<T>{means, seen, num_classes, dims},
+    const Tensor weights = input<T>(on, weight, "weight", {bank.count(), groups});
+    const Tensor means_of = input<T>(on, batch_mean, "batch_mean", {groups, bank.width});
+    std::vector<Bank<T>> layers;
+    bank.for_each_layer([&](int64_t l, int64_t dims, int64_t first) {
+      layers.push_back({written<T>(on, mean[l], "mean", {bank.classes, dims}),
+                        written<T>(on, count[l], "count", {bank.classes}), bank.classes, dims,
+                        first});
+    });
+    follow_classes(on, layers,
                    BatchClasses<T>{elements<int64_t>(rows), elements<T>(weights),
-                                   elements<T>(means_of), nullptr, groups},
+                                   elements<T>(means_of), nullptr, groups, bank.width},
                    momentum);
   });
 }

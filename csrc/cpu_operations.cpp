@@ -27,7 +27,7 @@ struct CpuDevice : Cpu {
   // The C shim's own function, because torch::stable::empty looks the operator up by name each
   // time.
   static Tensor empty(ScalarType dtype, Sizes sizes) {
-    std::array<int64_t, 2> strides{};
+    std::array<int64_t, 3> strides{};  // no result has more dimensions
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i]))
       strides[i] = stride;

@@ -11,6 +11,7 @@
 #endif
 
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -150,6 +151,12 @@ void check_classes(const Device&, const Tensor& t, const char* name, int64_t low
             " to ", classes - 1, ", got ", values[i]);
     }
   }
+}
+
+// The same without a lowest one.
+template <class Device>
+void check_below(const Device& on, const Tensor& t, const char* name, int64_t classes) {
+  check_classes(on, t, name, std::numeric_limits<int64_t>::min(), classes);
 }
 
 inline void check_at_least(const char* name, int64_t value, int64_t least) {

@@ -131,10 +131,16 @@ def assert_near(actual: Tensor, truth: Tensor, scale: float = 1) -> None:
 def outcome(operation: Callable[..., Any], name: str, arguments: Sequence[Any]) -> list[Tensor]:
     """All that a call of `name` gives: its results, and copies of the arguments that it writes."""
     given = list(arguments)
-    copies = [given[i].clone() for i in written(name)]
-    for position, copy in zip(written(name), copies, strict=True):
-        given[position] = copy
-    return [*flat(operation(*given)), *copies]
+    for position in written(name):
+        given[position] = map_tensors(Tensor.clone, given[position])
+    return [*flat(operation(*given)), *flat([given[i] for i in written(name)])]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value`, or in its place what `function` makes of it, or of each tensor in a list of them."""
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def flat(result: Any) -> list[Tensor]:

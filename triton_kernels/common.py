@@ -6,6 +6,8 @@ themselves and have static launch grids, so nothing here or beside it waits for 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,15 +62,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, enable_fp_fusion=True, sanitize_overflow=False, **options)
 
 
+def side_by_side(layers: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Each layer's matrix, and its first column in one that has the columns of all of them."""
+    ends = list(itertools.accumulate(m.shape[1] for m in layers))
+    return list(zip(layers, [0, *ends], strict=False))
+
+
 @triton.jit
 def last_to_arrive(counter):
     """Whether this is the last of all programs to get here; all they stored is then visible.
 
     `counter` must hold 0 when the kernel starts.
     """
+    everyone = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    return last_of(everyone, counter)
+
+
+@triton.jit
+def last_of(programs, counter):
+    """The same of so many programs that share a counter."""
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    return arrived == tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) - 1
+    return arrived == programs - 1
 
 
 @triton.jit

@@ -86,9 +86,10 @@ def top_confusions(classes: int) -> Options:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def class_attraction(dims: int, mean: Tensor) -> Options:
-    """By the means, of which several rows are read for each sample."""
-    return block_of_dims(dims, mean.element_size(), most_warps=4)
+def class_attraction(dims: int, classes: int, mean: Tensor) -> Options:
+    """By the means, of which several rows are read for each sample, up to eight at once."""
+    chunk = min(8, triton.next_power_of_2(max(classes, 1)))
+    return {"CHUNK": chunk, **block_of_dims(dims, mean.element_size(), most_warps=4)}
 
 
 def class_rows(dims: int, mean: Tensor) -> Options:

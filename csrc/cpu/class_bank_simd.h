@@ -98,41 +98,52 @@ T top_confusions(const In* logits, int64_t n, int64_t own_class, const bool* see
   return nan ? std::numeric_limits<T>::quiet_NaN() : T(0);
 }
 
-// The energy of some columns, lane by lane; writes their gradient.
+// Classes whose distances are summed lane by lane at a time.
+constexpr int kTogether = 8;
+
+// Adds to the lanes of the distances of some columns, and of the squares of their gradient, which
+// it writes; the classes before `first` have left theirs there.
 template <class In, int Vectors, bool Whole, class T>
-CWBR_INLINE Vec<T> column_attraction(Columns<In, Vectors, Whole> columns, const In* z,
-                                     const T* mean, const T* inverse_var, int64_t dims,
-                                     const int64_t* index, const T* coefficient, int64_t count,
-                                     T* gradient) {
-  Vec<T> x[Vectors], pull[Vectors] = {}, squares[Vectors] = {}, energy = {};
+CWBR_INLINE void column_attraction(Columns<In, Vectors, Whole> columns, const In* z, const T* mean,
+                                   const T* inverse_var, int64_t dims, const ActingRows<T>& acting,
+                                   int64_t first, int64_t last, T unit, T* gradient,
+                                   Vec<T>* distances, Vec<T>& squares) {
+  Vec<T> x[Vectors], inverse[Vectors], pull[Vectors] = {};
   for (int v = 0; v < Vectors; ++v) x[v] = columns.input(z, v);
-  for (int64_t j = 0; j < count; ++j) {
-    if (index[j] < 0) continue;
-    const T* row = mean + index[j] * dims;
+  for (int v = 0; v < Vectors; ++v) inverse[v] = columns.values(inverse_var, v);
+  for (int64_t j = first; j < last; ++j) {
+    const T* row = mean + acting.index[j] * dims;
+    Vec<T> distance = distances[j - first];
     for (int v = 0; v < Vectors; ++v) {
       const Vec<T> difference = x[v] - columns.values(row, v);
-      const Vec<T> weighted = difference * coefficient[j];
-      pull[v] += weighted;
-      squares[v] = fma(weighted, difference, squares[v]);
+      pull[v] += difference * acting.coefficient[j];
+      distance = fma(difference * difference, inverse[v], distance);
     }
+    distances[j - first] = distance;
   }
   for (int v = 0; v < Vectors; ++v) {
-    const Vec<T> inverse = columns.values(inverse_var, v);
-    columns.put(gradient, v, pull[v] * inverse);
-    energy = fma(squares[v], inverse, energy);
+    Vec<T> sum = pull[v] * inverse[v] * unit;
+    if (first > 0) sum += columns.values(gradient, v);
+    columns.put(gradient, v, sum);
+    squares = fma(sum, sum, squares);
   }
-  return energy;
 }
 
 template <class In, class T>
 T class_attraction(const In* z, const T* mean, const T* inverse_var, int64_t dims,
-                   const int64_t* index, const T* coefficient, int64_t count, T* gradient) {
-  Vec<T> energy = {};
-  for_each_column<In>(dims, [&](auto columns) CWBR_LAMBDA_INLINE {
-    energy +=
-        column_attraction(columns, z, mean, inverse_var, dims, index, coefficient, count, gradient);
-  });
-  return sum_lanes<T>(energy) / 2;
+                   ActingRows<T> acting, T unit, T* gradient) {
+  Vec<T> squares = {};
+  for (int64_t first = 0; first == 0 || first < acting.count; first += kTogether) {
+    const int64_t last = acting.count - first < kTogether ? acting.count : first + kTogether;
+    Vec<T> distances[kTogether] = {};
+    squares = Vec<T>{};
+    for_each_column<In>(dims, [&](auto columns) CWBR_LAMBDA_INLINE {
+      column_attraction(columns, z, mean, inverse_var, dims, acting, first, last, unit, gradient,
+                        distances, squares);
+    });
+    for (int64_t j = first; j < last; ++j) acting.distance[j] = sum_lanes<T>(distances[j - first]);
+  }
+  return sum_lanes<T>(squares);
 }
 
 // Calls body(columns, v) for each vector of columns.

@@ -27,6 +27,15 @@ struct SoftmaxStatistics {
   T max, sum;
 };
 
+// The classes that act on a sample, each a row of the means, and its squared distance to each.
+template <class T>
+struct ActingRows {
+  const int64_t* index;  // (count,)
+  const T* coefficient;  // (count,)
+  T* distance;           // (count,)
+  int64_t count;
+};
+
 template <class In>
 struct BatchLoops {
   using T = accumulate_t<In>;
@@ -50,10 +59,10 @@ struct BatchLoops {
   T (*top_confusions)(const In* logits, int64_t n, int64_t own_class, const bool* seen, int64_t top,
                       int64_t* index, T* weight);
 
-  // One sample of class_attraction, the variances given as their inverses (dims,); index,
-  // coefficient (count,); writes gradient (dims,) and returns the energy.
+  // One sample of class_attraction at one layer, the variances given as their inverses (dims,):
+  // writes gradient (dims,) and the distances, and returns the gradient's squared length.
   T (*class_attraction)(const In* z, const T* mean, const T* inverse_var, int64_t dims,
-                        const int64_t* index, const T* coefficient, int64_t count, T* gradient);
+                        ActingRows<T> acting, T unit, T* gradient);
 
   // The sum of mean^2 + var over (dims,).
   T (*second_moments)(const T* mean, const T* var, int64_t dims);

@@ -121,19 +121,20 @@ template <class In, class T>
 void top_confusions(Cpu, Matrix<const In> logits, const int64_t* targets, const bool* seen,
                     int64_t top, int64_t* index, T* weight, T* own);
 
-// var: (z.cols). energy: (z.rows). gradient: (z.rows, z.cols).
+// var: (z.cols). unit: (layers).
 template <class In, class T>
-void class_attraction(Cpu, Matrix<const In> z, Bank<const T> bank, const T* var, Acting<T> acting,
-                      T* energy, T* gradient);
+void class_attraction(Cpu, Matrix<const In> z, const std::vector<Bank<const T>>& layers,
+                      const T* var, const T* unit, Acting<T> acting, Attraction<T> result);
 
-// weight: (batch.count).
+// weight: (layers, batch.count).
 template <class T>
-void observe_classes(Cpu, Bank<const T> bank, BatchClasses<T> batch, Variances<T> variances,
+void observe_classes(Cpu, const std::vector<Observed<T>>& layers, BatchClasses<T> batch,
                      double momentum, double floor, T* weight);
 
 // Writes the bank.
 template <class T>
-void follow_classes(Cpu, Bank<T> bank, BatchClasses<T> batch, double momentum);
+void follow_classes(Cpu, const std::vector<Bank<T>>& layers, BatchClasses<T> batch,
+                    double momentum);
 
 // The instruction set in use, "avx512", "avx2" or "portable": the best this processor has, or the
 // one named by the environment variable CWBR_CPU_ISA. Throws std::invalid_argument where that names

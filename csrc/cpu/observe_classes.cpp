@@ -19,27 +19,31 @@ T interpolate(T x, T y, T share) {
 }
 
 template <class T>
-void write_metric(const T* var, int64_t dims, T floor, T* metric) {
+void write_metric(const Observed<T>& layer, T floor) {
+  const auto& [var, updates, metric, unit] = layer.variances;
+  const int64_t dims = layer.bank.dims;
   double sum = 0;
   for (int64_t d = 0; d < dims; ++d) sum += var[d];
   const T level = static_cast<T>(sum / dims);
   const T least = floor * level + std::numeric_limits<T>::min();
   for (int64_t d = 0; d < dims; ++d) metric[d] = level > 0 ? var[d] + least : T(1);
+  *unit = level > 0 ? std::sqrt(level) : T(1);
 }
 
-}  // namespace
-
+// One layer; the columns of `batch` are its own.
 template <class T>
-void observe_classes(Cpu, Bank<const T> bank, BatchClasses<T> batch, Variances<T> variances,
-                     double momentum, double floor, T* weight) {
+void observe_layer(const Observed<T>& layer, BatchClasses<T> batch, double momentum, double floor,
+                   T* weight) {
   const auto& loops = batch_loops<T>();
+  const Bank<const T>& bank = layer.bank;
   const int64_t dims = bank.dims;
-  T* const var = variances.var;
+  T* const var = layer.variances.var;
   for_each(batch.count, grain_of(kGrain, dims), [&](int64_t k) {
     const bool used = batch.classes[k] >= 0 && batch.weight[k] > 0;
+    const int64_t at = k * batch.width;
     // Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
-    const bool finite = used && std::isfinite(4 * loops.second_moments(batch.mean + k * dims,
-                                                                       batch.var + k * dims, dims));
+    const bool finite =
+        used && std::isfinite(4 * loops.second_moments(batch.mean + at, batch.var + at, dims));
     weight[k] = finite ? batch.weight[k] : T(0);
   });
 
@@ -52,21 +56,35 @@ void observe_classes(Cpu, Bank<const T> bank, BatchClasses<T> batch, Variances<T
     parallel_for(0, dims, grain_of(kGrain, batch.count), [&](int64_t first, int64_t last) {
       for (int64_t k = 0; k < batch.count; ++k) {
         if (share[k] == 0) continue;
+        const int64_t at = k * batch.width + first;
         loops.add_scatter(share[k] / total, bank.mean + batch.classes[k] * dims + first,
-                          batch.mean + k * dims + first, batch.var + k * dims + first, last - first,
-                          scatter.data() + first);
+                          batch.mean + at, batch.var + at, last - first, scatter.data() + first);
       }
     });
-    T& updates = *variances.updates += 1;
+    T& updates = *layer.variances.updates += 1;
     const T pace = std::max(1 / std::max(updates, T(1)), T(1 - momentum));
     for (int64_t d = 0; d < dims; ++d) var[d] = interpolate(var[d], scatter[d], pace);
   }
-  write_metric(var, dims, T(floor), variances.metric);
+  write_metric(layer, T(floor));
 }
 
-#define CWBR_INSTANTIATE(T)                                                                        \
-  template void observe_classes(Cpu, Bank<const T>, BatchClasses<T>, Variances<T>, double, double, \
-                                T*);
+}  // namespace
+
+template <class T>
+void observe_classes(Cpu, const std::vector<Observed<T>>& layers, BatchClasses<T> batch,
+                     double momentum, double floor, T* weight) {
+  for (const Observed<T>& layer : layers) {
+    BatchClasses<T> own = batch;
+    own.mean += layer.bank.first;
+    own.var += layer.bank.first;
+    observe_layer(layer, own, momentum, floor, weight);
+    weight += batch.count;
+  }
+}
+
+#define CWBR_INSTANTIATE(T)                                                                    \
+  template void observe_classes(Cpu, const std::vector<Observed<T>>&, BatchClasses<T>, double, \
+                                double, T*);
 CWBR_INSTANTIATE(float)
 CWBR_INSTANTIATE(double)
 

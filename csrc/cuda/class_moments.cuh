@@ -11,7 +11,6 @@
 namespace cwbr::cuda {
 
 constexpr int kChunk = 8;
-constexpr int kMaxLayers = 32;
 
 // What a launch over several layers knows of one: its tensors and where its blocks begin.
 template <class T>
@@ -49,19 +48,6 @@ struct MomentGradientLayer : GradientLayer<T> {
            vectors_fit(grad_var, this->dims);
   }
 };
-
-template <class Layer>
-struct Layers {
-  Layer layer[kMaxLayers];
-  int count;
-};
-
-template <class Layer>
-__device__ const Layer& layer_of(const Layers<Layer>& layers, int64_t slice) {
-  int found = 0;
-  while (found + 1 < layers.count && slice >= layers.layer[found + 1].first_slice) ++found;
-  return layers.layer[found];
-}
 
 template <class T, int WIDTH>
 __device__ void moments_of_columns(const MomentLayer<T>& layer, const Groups& groups, int64_t group,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "arguments.h"
 #include "check.h"
@@ -65,6 +66,8 @@ __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float log_of_1_plus(float x) { return log1pf(x); }
 __device__ inline double log_of_1_plus(double x) { return log1p(x); }
+__device__ inline float square_root(float x) { return sqrtf(x); }
+__device__ inline double square_root(double x) { return sqrt(x); }
 __device__ inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -130,6 +133,21 @@ __device__ void store_many(T* to, const T (&values)[COUNT]) {
   }
 }
 
+// As load_many, of memory that this thread has written.
+template <int COUNT, class T>
+__device__ void load_own(const T* from, T (&values)[COUNT]) {
+  if constexpr (COUNT == 1) {
+    values[0] = *from;
+  } else {
+    static_assert(sizeof(values) % 16 == 0);
+#pragma unroll
+    for (int first = 0; first < COUNT; first += kVectorWidth<T>) {
+      const uint4 bits = load_own_128(from + first);
+      __builtin_memcpy(values + first, &bits, sizeof(bits));
+    }
+  }
+}
+
 // Whether all rows of a contiguous matrix with `dims` columns can be read 128 bits at a time.
 template <class T>
 __device__ bool vectors_fit(const T* data, int64_t dims) {
@@ -161,6 +179,35 @@ __device__ void for_columns(int64_t slice, int64_t dims, bool vectors, Run run) 
       if (column < dims)  // mask: the last slice is ragged
         run(Width<1>{}, column);
     }
+  }
+}
+
+// What one launch knows of each layer, and of how many.
+constexpr int kMaxLayers = 32;
+
+template <class Layer>
+struct Layers {
+  Layer layer[kMaxLayers];
+  int count;
+};
+
+// The layer whose blocks `slice` is among: each begins at its first_slice.
+template <class Layer>
+__device__ const Layer& layer_of(const Layers<Layer>& layers, int64_t slice) {
+  int found = 0;
+  while (found + 1 < layers.count && slice >= layers.layer[found + 1].first_slice) ++found;
+  return layers.layer[found];
+}
+
+// Calls run(some, first) for the layers that one launch takes, from number `first` on.
+template <class Layer>
+void for_layers_of_launches(const std::vector<Layer>& layers, const auto& run) {
+  const int total = static_cast<int>(layers.size());
+  for (int first = 0; first < total; first += kMaxLayers) {
+    Layers<Layer> some{};
+    for (int l = first; l < total && some.count < kMaxLayers; ++l)
+      some.layer[some.count++] = layers[l];
+    run(some, first);
   }
 }
 

@@ -22,58 +22,82 @@ COSINE_EVERY = 16
 
 
 class Balance:
-    """Adds `ratio * |g| / |r| * r` to a gradient g; a hook of the tensor that g belongs to.
+    """Adds `scale * |g| * r` to a gradient g; a hook of the tensor that g belongs to.
 
     What is added is a constant to whoever differentiates the backward pass.
 
     Args:
-        pull: r; its length does not matter.
-        ratio: scalar tensor.
+        pull: r. Its length over all samples, copies of a pooled position counted once, times
+            `scale`, is that of what is added relative to g.
+        scale: number.
+        trusted: the accuracy of the layer's nearest class mean, the strength that follows from it,
+            and what `CWBR` multiplies that with; to be recorded.
         record: of the layer.
         group: processes whose samples are measured together; their backward passes then wait for
-            one another, three numbers per feature.
+            one another, one number per feature.
     """
 
     def __init__(
-        self, pull: Spread, ratio: Tensor, record: Record, group: ProcessGroup | None = None
+        self,
+        pull: Spread,
+        scale: float,
+        trusted: tuple[Tensor, Tensor, float],
+        record: Record,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.pull, self.ratio, self.group = pull, ratio, group
+        self.pull, self.scale, self.trusted, self.group = pull, scale, trusted, group
         self.record = record
         self.measures_cosine = record.cosine is None or record.calls % COSINE_EVERY < 2
         record.laid_ready(self)
 
     def __call__(self, incoming: Tensor | None) -> Tensor | None:
-        """The gradient to go on with; records the lengths of both parts and their cosine."""
+        """The gradient to go on with; records its length, and the cosine of both parts."""
         if incoming is None:  # an output of a compiled graph that the loss does not use
             return None
         self.record.fetched(self)
+        r, part = self.pull
+        # What is not written is copied; so is what somebody differentiates.
+        is_written = part == slice(None) and not incoming.requires_grad
+        result = torch.empty_like(incoming) if is_written else incoming.clone()
         with torch.no_grad():
-            added = self._added(incoming.detach())
-        part = self.pull.part
-        if part == slice(None):
-            return incoming + added
-        result = incoming.clone()
-        result[:, part] += added
+            length = self._measured(incoming)
+            g, into = incoming[:, part], result[:, part]
+            copies = g.numel() / max(r.numel(), 1)
+            scale = self.scale * max(copies, 1) ** -0.5
+            torch.addcmul(g, r, length, value=scale, out=into)
         return result
 
-    def _added(self, incoming: Tensor) -> Tensor:
+    def _measured(self, incoming: Tensor) -> Tensor:
+        """The length of the gradient over all processes."""
         r, part = self.pull
-        g = incoming[:, part]
         dtype = accumulation_dtype(incoming.dtype)
-        r = r.to(dtype)
-        copies = g.numel() / max(r.numel(), 1)
-        g_norm = torch.linalg.vector_norm(incoming, dtype=dtype)
-        r_norm = torch.linalg.vector_norm(r) * copies**0.5
-        dot = _dot(g, r, dtype) if self.measures_cosine else torch.zeros_like(g_norm)
-        if self.group is not None:
-            squares = all_reduce(torch.stack([g_norm.square(), r_norm.square(), dot]), self.group)
-            (g_norm, r_norm), dot = squares[:2].sqrt(), squares[2]
-        tiny = torch.finfo(dtype).tiny
-        scale = torch.where(r_norm > 0, self.ratio * g_norm / r_norm.clamp(min=tiny), 0)
-        self.record.norms = torch.stack([g_norm, scale * r_norm])
-        if self.measures_cosine:
-            self.record.cosine = dot / (g_norm * r_norm).clamp(min=tiny)
-        return (r * scale).to(incoming.dtype)
+        length = torch.linalg.vector_norm(incoming, dtype=dtype)
+        if not self.measures_cosine:
+            if self.group is not None:
+                length = all_reduce(length.square(), self.group).sqrt()
+        else:
+            g = incoming[:, part]
+            r = r.to(dtype)
+            copies = g.numel() / max(r.numel(), 1)
+            parts = length.square(), r.square().sum() * copies, _dot(g, r, dtype)
+            sums = torch.stack(parts)
+            if self.group is not None:
+                sums = all_reduce(sums, self.group)
+            length, r_length = sums[:2].sqrt()
+            tiny = torch.finfo(dtype).tiny
+            self.record.cosine = sums[2] / (length * r_length).clamp(min=tiny)
+        self.record.met = length, *self.trusted
+        return length
+
+
+def of_length(length: Tensor, pull: Spread, group: ProcessGroup | None) -> Spread:
+    """A pull of this length over all processes; one that is 0 stays so."""
+    gradient = pull.gradient.to(accumulation_dtype(pull.gradient.dtype))
+    squares = gradient.square().sum()
+    if group is not None:
+        squares = all_reduce(squares, group)
+    factor = length * squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
+    return Spread(gradient * factor, pull.part)
 
 
 def _dot(g: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cwbr_fused.operations.autograd import OPERATIONS
 from cwbr_fused.operations.reference import accumulation_dtype
 from cwbr_fused.operations.reference_bank import floored
 
@@ -63,49 +62,7 @@ class ClassBank(nn.Module):
 
     def metric(self) -> Tensor:
         """(D,) the variances with a floor, all > 0; 1 while there are none."""
-        return floored(self.var, VARIANCE_FLOOR)
-
-    def observe(
-        self, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor, backend: str = "reference"
-    ) -> tuple[Tensor, Tensor]:
-        """Updates the variance from the moments of a batch; the means move by `follow`.
-
-        Args:
-            classes: (K,) int64, distinct but for negative ones, which are left out.
-            size: (K,) how many samples, or how much weight, of each.
-            mean, var: (K, D) of the samples of each; variances may be 0.
-
-        Returns:
-            (K,) the weights of the moves that are due, and `metric()`.
-        """
-        results: tuple[Tensor, Tensor] = OPERATIONS[backend].observe_classes(
-            self.mean,
-            self.count,
-            self.var,
-            self.updates,
-            classes,
-            size.to(self.count.dtype),
-            mean,
-            var,
-            VARIANCE_MOMENTUM,
-            VARIANCE_FLOOR,
-        )
-        return results
-
-    def follow(
-        self,
-        classes: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        momentum: float,
-        backend: str = "reference",
-    ) -> None:
-        """Moves the means towards those of the batch, with the weights that `observe` returned.
-
-        Args:
-            momentum: how much of a mean is kept when its class occurs again.
-        """
-        OPERATIONS[backend].follow_classes(self.mean, self.count, classes, weight, mean, momentum)
+        return floored(self.var, VARIANCE_FLOOR)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassBank:
         def in_accumulation_dtype(buffer: Tensor) -> Tensor:

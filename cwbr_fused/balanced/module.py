@@ -29,22 +29,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cwbr_fused.balanced import trust
-from cwbr_fused.balanced.balance import Balance
-from cwbr_fused.balanced.bank import ClassBank
+from cwbr_fused.balanced.balance import Balance, of_length
 from cwbr_fused.balanced.banks import Banks
-from cwbr_fused.balanced.pools import Pool, Pools
+from cwbr_fused.balanced.pools import Pool, Pooled, Pools
 from cwbr_fused.balanced.record import EXPLANATIONS, Reason, Record
 from cwbr_fused.balanced.taps import Catchers, register_hook
+from cwbr_fused.balanced.together import Acting, Moments, Together, grouped
 from cwbr_fused.inputs import membership, validation
 from cwbr_fused.inputs.features import FeatureCatcher
-from cwbr_fused.inputs.pooling import Spread
 from cwbr_fused.inputs.stages import default_layers
 from cwbr_fused.inputs.targets import Targets, read_targets
 from cwbr_fused.operations import backends, distributed
@@ -59,6 +57,22 @@ if TYPE_CHECKING:
 
 # Soft targets update the means of classes whose weights in the batch sum to this much.
 LEAST_SOFT_WEIGHT = 0.5
+# Layers that no gradient can reach any more.
+DEAF = ("no graph", "too late")
+
+
+class Means(NamedTuple):
+    """Of the labelled samples of all processes, each (L,).
+
+    accuracy: the share of samples that are nearest to the mean of their own class.
+    fitted: the share of those that the model classifies right.
+    squares: the squared length of the pull, over all samples, divided by `samples`.
+    """
+
+    accuracy: Tensor
+    fitted: Tensor
+    squares: Tensor
+    samples: int
 
 
 class CWBR(nn.Module):
@@ -159,37 +173,23 @@ class CWBR(nn.Module):
         backend = backends.resolve(self.backend, logits.device.type)
         pooled = {name: self._pools.pooled(name, layer) for name, layer in layers.items()}
         banks = {name: self.banks.of(name, z, layers) for name, (_, z, _) in pooled.items()}
-        vectors = [_vector(z, banks[name]) for name, (_, z, _) in pooled.items()]
-        seen = torch.stack([bank.count > 0 for bank in banks.values()]).all(0)
-        index, coefficient, fits = self._coefficients(backend, logits.detach(), given, seen)
+        seen = torch.stack([bank.count for bank in banks.values()]).all(0)
+        acting = self._acting(backend, logits.detach(), given, seen)
         train = self.training and torch.is_grad_enabled()
-        if train:
-            reasons = self._reasons(layers)
-            classes, size, moments = self._moments(backend, vectors, given, processes)
+        reasons = self._reasons(layers) if train else {}
 
-        energies, right, pulls = [], [fits], {}
-        for layer, (name, bank) in enumerate(banks.items()):
-            z = vectors[layer]
+        energies = []
+        for together in grouped(banks, {name: z for name, (_, z, _) in pooled.items()}):
+            moments = self._moments(backend, together.z, given, processes) if train else None
+            pull, numbers = together.measure(acting, self.push, moments, self.momentum, backend)
+            energies.append(numbers[0])
             if train:
-                mean, variance = moments[layer]
-                weight, var = bank.observe(classes, size, mean, variance, backend)
-            else:
-                var = bank.metric()
-            energy, pull = OPERATIONS[backend].class_attraction(
-                z, bank.mean, var, index, coefficient.to(bank.mean.dtype)
-            )
-            energies.append(energy.sum() / max(z.numel(), 1))
-            if train:
-                near = trust.nearest(z, bank.mean, var, index, given.labels.shape[1])
-                right.append(near.to(fits.dtype))
-                bank.follow(classes, weight, mean, self.momentum, backend)
-                if reasons[name] not in ("no graph", "too late"):
-                    # Its length does not matter; without units it fits in half precision.
-                    pulls[name] = pooled[name].spread(pull * var.mean().sqrt())
-        if train:
-            shares = self._mean(torch.stack(right), given, processes)
-            self._lay_ready(layers, logits, pulls, shares, processes)
-        return torch.stack(energies).mean()
+                means = _over_samples(numbers, given, processes)
+                reached = {n: p for n, p in pooled.items() if reasons[n] not in DEAF}
+                for name, balance in self._balances(together, pull, means, reached, processes):
+                    register_hook(layers[name], balance, logits)
+        energy = energies[0] if len(energies) == 1 else torch.cat(energies)
+        return energy.mean() if energy.numel() else energy.sum()
 
     @property
     def pool(self) -> Pool | Mapping[str, Pool] | None:
@@ -273,86 +273,60 @@ class CWBR(nn.Module):
             return None
         return distributed.process_group(self.group)
 
-    def _coefficients(
-        self, backend: str, logits: Tensor, targets: Targets, seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes (B, S + J) that act on each sample, how strongly, and whether it fits.
-
-        A sample fits, 1 and not 0, if its main class is more probable than all that push it.
-        """
+    def _acting(self, backend: str, logits: Tensor, targets: Targets, seen: Tensor) -> Acting:
+        """The classes that act on each sample."""
         labels, shares = targets
-        index, probability, own = OPERATIONS[backend].top_confusions(
+        rivals, weight, own = OPERATIONS[backend].top_confusions(
             logits, labels[:, 0], seen, self.confusions
         )
-        # A sample whose own class is new is left alone: pushing it would have no counterweight.
-        known = seen[labels]
-        pull = torch.ones_like(labels, dtype=own.dtype)
-        if shares is not None:
-            member = shares > 0
-            also_own = (index[:, :, None] == labels[:, None]) & member[:, None]
-            index = torch.where(also_own.any(2), -1, index)
-            probability = torch.where(also_own.any(2), 0, probability)
-            own = torch.where(member[:, 0], own, 0)
-            known = (known | ~member).all(1, keepdim=True) & member[:, :1]
-            mass = shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
-            pull = (shares / mass).to(own.dtype)
-            labels = torch.where(member, labels, -1)
-        index = torch.cat([labels, index], 1)
-        coefficient = torch.cat([pull, -self.push * probability], 1)
-        fits = (own[:, None] > probability).all(1) & (own > 0)
-        return torch.where(known, index, -1), coefficient, fits.to(own.dtype)
+        if shares is None:
+            return Acting(labels, weight[:, :0], own, rivals, weight, seen)
+        mass = shares.sum(1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+        return Acting(labels, shares / mass, own, rivals, weight, seen)
 
     def _moments(
-        self,
-        backend: str,
-        vectors: list[Tensor],
-        targets: Targets,
-        processes: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Classes (K,), how many samples each has, and their moments (K, D) at every layer."""
+        self, backend: str, z: Tensor, targets: Targets, processes: ProcessGroup | None
+    ) -> Moments:
+        """What the batch has of its classes, of all layers side by side."""
+        dtype = accumulation_dtype(z.dtype)
         if targets.shares is None and processes is None:
             operations = OPERATIONS[backend]
             order, offsets, classes = operations.group_by_class(targets.labels[:, 0], 1)
-            moments = [operations.class_moments(z, order, offsets, 0.0) for z in vectors]
-            return classes, offsets.diff(), moments
+            size = torch.sub(offsets[1:], offsets[:-1], out=z.new_empty(len(classes), dtype=dtype))
+            return Moments(classes, size, *operations.class_moments(z, order, offsets, 0.0))
         least = 1 if targets.shares is None else LEAST_SOFT_WEIGHT
-        dtype = reduce(torch.promote_types, (accumulation_dtype(z.dtype) for z in vectors))
         members = membership.of_targets(targets, self.num_classes, least, dtype, processes)
         with torch.no_grad():
-            moments = membership.class_moments(vectors, members, 0.0, backend)
-        return members.classes, members.counts, moments
+            ((mean, var),) = membership.class_moments([z], members, 0.0, backend)
+        return Moments(members.classes, members.counts, mean, var)
 
-    def _mean(self, values: Tensor, targets: Targets, processes: ProcessGroup | None) -> Tensor:
-        """(R,) the means of (R, B) values over the labelled samples of all processes."""
-        if targets.shares is None and processes is None:
-            return values.mean(1)
-        labelled = torch.ones_like(values[:1])
-        if targets.shares is not None:
-            labelled = (targets.shares[:, 0] > 0).to(values.dtype)[None]
-        sums = torch.cat([values, labelled]).sum(1)
-        if processes is not None:
-            sums = distributed.all_reduce(sums, processes)
-        return sums[:-1] / sums[-1].clamp(min=1)
-
-    def _lay_ready(
+    def _balances(
         self,
-        layers: Mapping[str, Tensor],
-        logits: Tensor,
-        pulls: Mapping[str, Spread],
-        shares: Tensor,
+        together: Together,
+        pull: Tensor,
+        means: Means,
+        pooled: Mapping[str, Pooled],
         processes: ProcessGroup | None,
-    ) -> None:
-        """Puts the pulls where the backward pass will come by.
+    ) -> Iterator[tuple[str, Balance]]:
+        """What adds to the gradient of each layer, as far as its class means can be trusted.
 
-        `shares` (1 + layers,) are those of samples that fit, and that are nearest to their own mean
-        at each layer.
+        `pooled`: of the layers that a gradient can reach.
         """
-        for (name, layer), accuracy in zip(layers.items(), shares[1:], strict=True):
-            record, strength = self._records[name], trust.strength(accuracy, shares[0])
-            record.trust = torch.stack([accuracy, strength])
-            if name in pulls:
-                balance = Balance(pulls[name], self.ratio * strength, record, processes)
-                register_hook(layer, balance, logits)
+        strength = trust.strength(means.accuracy, means.fitted)
+        pulls = together.split(pull)
+        # Of the length that is wanted, but for a number and the copies that unpooling makes.
+        scaled = together.split(pull, strength * means.squares.rsqrt())
+        scale = self.ratio * means.samples**-0.5
+        for layer, name in enumerate(together.names):
+            if name not in pooled:
+                continue
+            trusted = means.accuracy[layer], strength[layer], self.ratio
+            if pooled[name].options is not None:
+                spread = pooled[name].spread(scaled[layer])
+                yield name, Balance(spread, scale, trusted, self._records[name], processes)
+            else:  # what the callable makes of the length has to be measured
+                spread = of_length(strength[layer], pooled[name].spread(pulls[layer]), processes)
+                yield name, Balance(spread, self.ratio, trusted, self._records[name], processes)
 
     def _reasons(self, layers: Mapping[str, Tensor]) -> dict[str, Reason | None]:
         """Why this call has no effect on a layer, or the latest ones had none; says so once."""
@@ -372,7 +346,18 @@ class CWBR(nn.Module):
         return reasons
 
 
-def _vector(z: Tensor, bank: ClassBank) -> Tensor:
-    """z without its graph, in a dtype that is accumulated in that of the bank."""
-    dtype = bank.mean.dtype
-    return z.detach() if accumulation_dtype(z.dtype) == dtype else z.detach().to(dtype)
+def _over_samples(numbers: Tensor, targets: Targets, processes: ProcessGroup | None) -> Means:
+    """From the numbers (4, L, B) of this process."""
+    batch = numbers.shape[2]
+    if targets.shares is None and processes is None and batch > 0:
+        return Means(*numbers.mean(2)[1:], samples=batch)
+    sums = numbers.sum(2)
+    labelled = torch.ones_like(numbers[0, :1])
+    if targets.shares is not None:
+        labelled = (targets.shares[:, :1] > 0).to(numbers.dtype)
+    sums = torch.cat([sums.flatten(), labelled.sum()[None]])
+    if processes is not None:
+        sums = distributed.all_reduce(sums, processes)
+    _, nearest, right, squares = sums[:-1].view(4, -1)
+    samples = sums[-1].clamp(min=1)
+    return Means(nearest / samples, right / samples, squares, samples=1)

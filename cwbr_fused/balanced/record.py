@@ -45,16 +45,15 @@ class Record:
     its graph dies, which makes it a miss. So neither calls whose losses are summed before one
     backward pass, nor a step that is skipped, count as misses too early.
 
-    norms: of the loss's gradient, and of what was added to it.
-    cosine: between the two.
-    trust: of the latest call, the accuracy of the nearest class mean and the strength that follows.
+    met: the length of the loss's gradient; of the call that the backward pass belonged to, the
+        accuracy of the nearest class mean, the strength that follows, and the ratio.
+    cosine: between that gradient and what was added to it.
     calls: how many gradients were laid ready.
     """
 
     def __init__(self) -> None:
-        self.norms: Tensor | None = None
+        self.met: tuple[Tensor, Tensor, Tensor, float] | None = None
         self.cosine: Tensor | None = None
-        self.trust: Tensor | None = None
         self.calls = 0
         self._waiting: set[weakref.ref[Any]] = set()
         self._misses = 0
@@ -92,9 +91,11 @@ class Record:
 
     def numbers(self) -> dict[str, float]:
         """See `CWBR.health`; empty as long as no backward pass has come by."""
-        if self.norms is None or self.cosine is None or self.trust is None:
+        if self.met is None or self.cosine is None:
             return {}
-        numbers = torch.cat([self.norms, self.cosine[None], self.trust]).tolist()
+        length, accuracy, strength, ratio = self.met
+        added = length * strength * ratio
+        numbers = torch.stack([length, added, self.cosine, accuracy, strength]).tolist()
         return dict(zip(NUMBERS, numbers, strict=True))
 
 

@@ -2,9 +2,9 @@
 
 Two questions decide, and both answers are measured on the batch, before the means move.
 
-- *Do the means of this layer tell the classes apart?* `nearest` asks it of every sample: is its own
-  mean nearer than those of all classes that the model confuses it with? Where the images of a class
-  differ by content, early layers need that variation, and there the answer is no.
+- *Do the means of this layer tell the classes apart?* `class_attraction` asks it of every sample:
+  is its own mean nearer than those of all classes that the model confuses it with? Where the images
+  of a class differ by content, early layers need that variation, and there the answer is no.
 - *Has the model something left to learn?* The share h of samples that it classifies right says so.
   Near 0 the means are noise. Near 1 plain cross-entropy falls silent, and with it whatever is a
   share of its gradient; a margin, smoothing or mixup keeps a gradient that never dies, and a pull
@@ -21,38 +21,15 @@ from torch import Tensor
 SHARPNESS = 4
 
 
-def nearest(z: Tensor, mean: Tensor, var: Tensor, index: Tensor, own: int) -> Tensor:
-    """Whether each sample's own class mean is nearer than those of its rivals.
-
-    Args:
-        z: (B, D) features.
-        mean: (C, D) class means.
-        var: (D,) variances > 0.
-        index: (B, own + J) classes: a sample's own ones, the main one first, then its rivals; -1
-            for none.
-        own: how many columns are own classes.
-
-    Returns:
-        (B,) in the dtype of the means: 1 where the main class is nearest, else 0; 0 for a sample
-        without a class or without a rival.
-    """
-    columns = torch.cat([index[:, :1], index[:, own:]], 1)
-    difference = z.to(mean.dtype)[:, None] - mean[columns.clamp(min=0)]
-    distance = (difference.square() / var).sum(2)
-    distance = torch.where(columns >= 0, distance, torch.inf)
-    # An empty minimum is an error, and infinity is what it would be.
-    rival = torch.cat([distance[:, 1:], torch.full_like(distance[:, :1], torch.inf)], 1).amin(1)
-    return ((distance[:, 0] < rival) & rival.isfinite()).to(mean.dtype)
-
-
 def strength(accuracy: Tensor, fitted: Tensor) -> Tensor:
     """The share of the loss's gradient that a layer's pull may have, in [0, 1].
 
     Args:
-        accuracy: (L,) the share of samples whose own mean is `nearest`, at each layer.
-        fitted: scalar, the share h of samples that the model classifies right.
+        accuracy: (L,) the share of samples whose own mean is nearest, at each layer.
+        fitted: (L,) or scalar, the share h of samples that the model classifies right.
 
     Returns:
         (L,) `4 h (1 - h) accuracy^SHARPNESS`.
     """
-    return 4 * fitted * (1 - fitted) * accuracy**SHARPNESS
+    left = torch.addcmul(fitted, fitted, fitted, value=-1)
+    return 4 * left * accuracy**SHARPNESS

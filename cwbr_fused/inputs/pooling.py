@@ -109,17 +109,17 @@ def spread(
     num_prefix_tokens: int = 1,
     channels_last: bool = False,
 ) -> Spread:
-    """The backward pass of `to_vec(feat, ...)` with the same options, for `grad` (B, D)."""
+    """The backward pass of `to_vec(feat, ...)` with the same options, for `grad` (B, D).
+
+    But for the length: a mean is not divided by the number of its positions.
+    """
     if feat.ndim == 2:
         return Spread(grad, slice(None))
     if feat.ndim == 3:
         if pool == "cls" or (pool is None and num_prefix_tokens > 0):
             return Spread(grad[:, None], slice(1))
-        patches = feat.shape[1] - num_prefix_tokens
-        return Spread(grad[:, None] / patches, slice(num_prefix_tokens, None))
-    positions = feat.shape[1:3] if channels_last else feat.shape[2:]
-    mean = grad / positions.numel()
-    return Spread(mean[:, None, None] if channels_last else mean[:, :, None, None], slice(None))
+        return Spread(grad[:, None], slice(num_prefix_tokens, None))
+    return Spread(grad[:, None, None] if channels_last else grad[:, :, None, None], slice(None))
 
 
 class Layout(NamedTuple):

@@ -7,13 +7,15 @@ model confuses with it, by the probabilities p that the model itself gives them:
 
     E(z) = |z - mean_y|^2 / (2 var) - sum_j p_j |z - mean_j|^2 / (2 var)
 
-`top_confusions` names the classes j and their probabilities, `class_attraction` is E, for any
-coefficients, and its gradient. `observe_classes` learns the variances from the moments of a batch's
-classes, `follow_classes` moves the means of the bank towards those of the batch: the only
-operations that write into their arguments.
+`top_confusions` names the classes j and their probabilities, `class_attraction` is E and its
+gradient. `observe_classes` learns the variances from the moments of a batch's classes,
+`follow_classes` moves the means of the bank towards those of the batch: the only operations that
+write into their arguments. But for the first, each works on all L layers of a model at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,38 +61,141 @@ def top_confusions(
 
 
 def class_attraction(
-    z: Tensor, mean: Tensor, var: Tensor, index: Tensor, coefficient: Tensor
+    z: Tensor,
+    mean: Sequence[Tensor],
+    var: Tensor,
+    unit: Tensor,
+    labels: Tensor,
+    shares: Tensor,
+    own: Tensor,
+    rivals: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    push: float,
 ) -> tuple[Tensor, Tensor]:
     """Weighted squared Mahalanobis distances of each sample to some classes, and their gradient.
 
+    A sample is pulled to its own classes by their shares and pushed from its rivals by `push` times
+    their weights, c_j: `E = sum_j c_j |z - mean_j|^2 / (2 var)`. One without a main class, or with
+    an own class of which nothing is known, is left alone: pushing it would have no counterweight.
     Differences are taken before they are weighted: means may be large beside the spread.
 
     Args:
-        z: (B, D) features, any floating dtype.
-        mean: (C, D) class means, in the accumulation dtype.
+        z: (B, D) features of all L layers side by side, D = D_1 + ... + D_L; any floating dtype.
+        mean: L tensors (C, D_l), class means, in the accumulation dtype.
         var: (D,) variances > 0.
-        index: (B, J) int64 classes; -1 for none.
-        coefficient: (B, J), positive to attract, negative to repel; not read where index is -1.
+        unit: (L,) by which the gradients of each layer are multiplied.
+        labels: (B, S) int64, the main own class first; negative for none. S = 0: rivals act alone.
+        shares: (B, S) of the own classes, 0 for none; (B, 0) is 1 for each.
+        own: (B,) weight of the main class.
+        rivals: (B, J) int64; negative for none, and own classes are none either.
+        weight: (B, J), not read where there is no rival.
+        seen: (C,) bool, of which classes something is known.
+        push: factor of the weights.
 
     Returns:
-        energy: (B,), `sum_j c_j |z - mean_j|^2 / (2 var)`, in the accumulation dtype.
-        gradient: (B, D) of the energy's sum, `sum_j c_j (z - mean_j) / var`.
+        gradient: (B, D), `unit_l sum_j c_j (z - mean_j) / var`, in the accumulation dtype.
+        numbers: (4, L, B): the energy by dimension, E / D_l; 1 where the mean of the main class is
+            nearer than that of each rival, 0 elsewhere and without any rival; 1 where the weight of
+            the main class is larger than 0 and that of each rival, else 0; the squared length of
+            the gradient, at least the smallest normal number, so that it has an inverse.
     """
-    used = (index >= 0)[:, :, None]
-    c = torch.where(used, coefficient[:, :, None], 0)
-    difference = z.to(mean.dtype)[:, None] - mean[index.clamp(min=0)]
-    difference = torch.where(used, difference, 0)
-    energy = (c * difference.square() / (2 * var)).sum((1, 2))
-    return energy, (c * difference).sum(1) / var
+    if shares.shape[1] == 0:
+        shares = torch.ones_like(labels, dtype=weight.dtype)
+    mine = torch.where(shares > 0, labels, -1).clamp(min=-1)
+    also_own = (rivals[:, :, None] == mine[:, None, :]).any(2)
+    rivals = torch.where(also_own, -1, rivals)
+    largest = torch.nn.functional.pad(torch.where(rivals >= 0, weight, 0), (0, 1)).amax(1)
+    right = (own > largest) & (mine[:, :1] >= 0).any(1)
+    index = torch.where(_known(mine, seen), torch.cat([mine, rivals], 1), -1)
+    coefficient = torch.cat([shares, -push * weight], 1)
+    used, owners = (index >= 0)[:, :, None], labels.shape[1]
+    gradients, numbers = [], []
+    layers = zip(mean, _side_by_side(z, mean), _side_by_side(var, mean), unit, strict=True)
+    for centers, x, variances, factor in layers:
+        difference = x.to(centers.dtype)[:, None] - centers[index.clamp(min=0)]
+        difference = torch.where(used, difference, 0)
+        c = torch.where(used, coefficient[:, :, None], 0)
+        energy = (c * difference.square() / (2 * variances)).sum((1, 2))
+        gradient = (c * difference).sum(1) / variances * factor
+        distance = torch.where(used[:, :, 0], (difference.square() / variances).sum(2), torch.inf)
+        # Infinity is what an empty minimum would be.
+        distance = torch.nn.functional.pad(distance, (0, 1), value=torch.inf)
+        rival = distance[:, owners:].amin(1)
+        nearest = (distance[:, 0] < rival) & rival.isfinite() & (owners > 0)
+        gradients.append(gradient)
+        flags = nearest.to(c.dtype), right.to(c.dtype)
+        squares = gradient.square().sum(1).clamp(min=torch.finfo(c.dtype).tiny)
+        by_dimension = energy / max(x.shape[1], 1)
+        numbers.append(torch.stack([by_dimension, *flags, squares]))
+    return torch.cat(gradients, 1), torch.stack(numbers, 1)
 
 
-def floored(var: Tensor, floor: float) -> Tensor:
-    """(D,) variances > 0: `var` raised by `floor` times its mean; 1 while that is 0."""
+def _known(labels: Tensor, seen: Tensor) -> Tensor:
+    """(B, 1) whether each sample has a main class, and something is known of all its classes."""
+    if labels.shape[1] == 0:
+        return labels.new_ones((len(labels), 1), dtype=torch.bool)
+    known = seen[labels.clamp(min=0)] if len(seen) else torch.zeros_like(labels, dtype=torch.bool)
+    return (known | (labels < 0)).all(1, keepdim=True) & (labels[:, :1] >= 0)
+
+
+def _side_by_side(matrix: Tensor, mean: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of each layer in a matrix that has all of them."""
+    return matrix.split([m.shape[1] for m in mean], -1)
+
+
+def floored(var: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(D,) variances > 0, `var` raised by `floor` times its mean, and the root of that mean.
+
+    Both are 1 while the mean is 0.
+    """
     level = var.mean()
-    return torch.where(level > 0, var + (floor * level + torch.finfo(var.dtype).tiny), 1)
+    metric = torch.where(level > 0, var + (floor * level + torch.finfo(var.dtype).tiny), 1)
+    return metric, torch.where(level > 0, level.sqrt(), 1)
 
 
 def observe_classes(
+    mean: Sequence[Tensor],
+    count: Sequence[Tensor],
+    var: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    classes: Tensor,
+    size: Tensor,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    momentum: float,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates the variances of each layer by the scatter of a batch about the means of its bank.
+
+    Args:
+        mean, count: L tensors (C, D_l) and L (C,), the class means and how many samples each has
+            seen.
+        var, updates: L tensors (D_l,) and L (), the variances and how often they were updated; all
+            are written.
+        classes: (K,) int64, distinct but for negative ones, which are left out.
+        size: (K,) how many samples, or how much weight, of each class; 0 leaves it out.
+        batch_mean, batch_var: (K, D) of the samples of each, all layers side by side; variances may
+            be 0.
+        momentum: of the variances, which are a plain average until that moves more slowly.
+        floor: of the metric, as a share of the mean variance.
+
+    Returns:
+        weight: (L, K) `size`, 0 for classes left out, also where the moments are too large to
+            square.
+        metric: (D,) the variances with a floor, 1 while there are none.
+        unit: (L,) the root of each layer's mean variance, 1 while there is none.
+    """
+    of_batch = zip(_side_by_side(batch_mean, mean), _side_by_side(batch_var, mean), strict=True)
+    results = [
+        _observe_layer(*layer, classes, size, *moments, momentum, floor)
+        for *layer, moments in zip(mean, count, var, updates, of_batch, strict=True)
+    ]
+    weight, metric, unit = zip(*results, strict=True)
+    return torch.stack(weight), torch.cat(metric), torch.stack(unit)
+
+
+def _observe_layer(
     mean: Tensor,
     count: Tensor,
     var: Tensor,
@@ -101,22 +206,7 @@ def observe_classes(
     batch_var: Tensor,
     momentum: float,
     floor: float,
-) -> tuple[Tensor, Tensor]:
-    """Updates the variances by the scatter of a batch about the means of a bank.
-
-    Args:
-        mean, count: (C, D) and (C,), the class means and how many samples each has seen.
-        var, updates: (D,) and (), the variances and how often they were updated; both are written.
-        classes: (K,) int64, distinct but for negative ones, which are left out.
-        size: (K,) how many samples, or how much weight, of each class; 0 leaves it out.
-        batch_mean, batch_var: (K, D) of the samples of each; variances may be 0.
-        momentum: of the variances, which are a plain average until that moves more slowly.
-        floor: of the metric, as a share of the mean variance.
-
-    Returns:
-        weight: (K,) `size`, 0 for classes left out, also where the moments are too large to square.
-        metric: (D,) the variances with a floor, 1 while there are none.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
     # Nor may a later difference to this mean, whose square is at most 4 of these, overflow.
     finite = (4 * torch.addcmul(batch_var, batch_mean, batch_mean).sum(1)).isfinite()
     weight = torch.where((classes >= 0) & (size > 0) & finite, size, 0)
@@ -132,12 +222,12 @@ def observe_classes(
     updates += any_known
     pace = (1 / updates.clamp(min=1)).clamp(min=1 - momentum)
     var.lerp_(now, any_known * pace)
-    return weight, floored(var, floor)
+    return weight, *floored(var, floor)
 
 
 def follow_classes(
-    mean: Tensor,
-    count: Tensor,
+    mean: Sequence[Tensor],
+    count: Sequence[Tensor],
     classes: Tensor,
     weight: Tensor,
     batch_mean: Tensor,
@@ -146,16 +236,17 @@ def follow_classes(
     """Moves class means towards those of a batch: averages that turn into moving ones.
 
     Args:
-        mean, count: (C, D) and (C,), as for `observe_classes`; both are written.
-        classes, weight: (K,) int64, distinct but for negative ones, which are left out, and the
-            weights that `observe_classes` returns; 0 leaves a class out.
-        batch_mean: (K, D).
+        mean, count: L tensors (C, D_l) and L (C,), as for `observe_classes`; all are written.
+        classes: (K,) int64, distinct but for negative ones, which are left out.
+        weight: (L, K), as `observe_classes` returns; 0 leaves a class out.
+        batch_mean: (K, D), all layers side by side.
         momentum: how much of a mean is kept at least when its class occurs again.
     """
     rows = classes.clamp(min=0)
-    weight = torch.where(classes >= 0, weight, 0)
-    count.index_add_(0, rows, weight)
-    used = weight > 0
-    rate = (weight / count[rows].clamp(min=1)).clamp(min=1 - momentum)
-    move = torch.where(used[:, None], rate[:, None] * (batch_mean - mean[rows]), 0)
-    mean.index_add_(0, rows, move)
+    layers = zip(mean, count, weight, _side_by_side(batch_mean, mean), strict=True)
+    for centers, seen, of_layer, target in layers:
+        moved = torch.where(classes >= 0, of_layer, 0)
+        seen.index_add_(0, rows, moved)
+        rate = (moved / seen[rows].clamp(min=1)).clamp(min=1 - momentum)
+        move = torch.where(moved[:, None] > 0, rate[:, None] * (target - centers[rows]), 0)
+        centers.index_add_(0, rows, move)

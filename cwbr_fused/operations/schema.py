@@ -75,15 +75,16 @@ SCHEMAS = {
         "(Tensor logits, Tensor targets, Tensor seen, int top) -> (Tensor, Tensor, Tensor)"
     ),
     "class_attraction": (
-        "(Tensor z, Tensor mean, Tensor var, Tensor index, Tensor coefficient) -> (Tensor, Tensor)"
+        "(Tensor z, Tensor[] mean, Tensor var, Tensor unit, Tensor labels, Tensor shares,"
+        " Tensor own, Tensor rivals, Tensor weight, Tensor seen, float push) -> (Tensor, Tensor)"
     ),
     "observe_classes": (
-        "(Tensor mean, Tensor count, Tensor(a!) var, Tensor(b!) updates, Tensor classes,"
+        "(Tensor[] mean, Tensor[] count, Tensor(a!)[] var, Tensor(b!)[] updates, Tensor classes,"
         " Tensor size, Tensor batch_mean, Tensor batch_var, float momentum, float floor)"
-        " -> (Tensor, Tensor)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "follow_classes": (
-        "(Tensor(a!) mean, Tensor(b!) count, Tensor classes, Tensor weight, Tensor batch_mean,"
+        "(Tensor(a!)[] mean, Tensor(b!)[] count, Tensor classes, Tensor weight, Tensor batch_mean,"
         " float momentum) -> ()"
     ),
 }
@@ -195,13 +196,18 @@ def _fake_top_confusions(
     return index, weight, logits.new_empty((logits.shape[0],), dtype=dtype)
 
 
-def _fake_class_attraction(z: Tensor, mean: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    return mean.new_empty((z.shape[0],)), mean.new_empty(z.shape)
+def _fake_class_attraction(z: Tensor, mean: list[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(z.dtype)
+    numbers = (4, len(mean), z.shape[0])
+    return z.new_empty(z.shape, dtype=dtype), z.new_empty(numbers, dtype=dtype)
 
 
-def _fake_observe_classes(mean: Tensor, count: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    classes: Tensor = others[2]
-    return mean.new_empty(classes.shape), mean.new_empty((mean.shape[1],))
+def _fake_observe_classes(mean: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size, batch_mean = others[4:6]
+    layers = len(mean)
+    shapes = (layers, size.shape[0]), (batch_mean.shape[1],), (layers,)
+    weight, metric, unit = (batch_mean.new_empty(s) for s in shapes)
+    return weight, metric, unit
 
 
 def _fake_follow_classes(*arguments: Any) -> None:

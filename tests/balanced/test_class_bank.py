@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import torch
+from one_layer import REFERENCE
 from torch import Tensor
 
-from cwbr_fused.balanced.bank import ClassBank
+from cwbr_fused.balanced.bank import VARIANCE_FLOOR, VARIANCE_MOMENTUM, ClassBank
 from cwbr_fused.operations import reference_bank
 
 
 def learn(
     bank: ClassBank, classes: Tensor, size: Tensor, mean: Tensor, var: Tensor, momentum: float
 ) -> None:
-    weight, _ = bank.observe(classes, size, mean, var)
-    bank.follow(classes, weight, mean, momentum)
+    means, of_batch = (bank.mean, bank.count), (classes, size.to(mean.dtype), mean, var)
+    settings = VARIANCE_MOMENTUM, VARIANCE_FLOOR
+    weight, _ = REFERENCE("observe_classes", *means, bank.var, bank.updates, *of_batch, *settings)
+    REFERENCE("follow_classes", *means, classes, weight, mean, momentum)
 
 
 def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
@@ -23,7 +26,7 @@ def test_gradient_of_the_energy_is_what_autograd_finds() -> None:
     var = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
     index = torch.randint(-1, 4, (7, 3), generator=generator)
     coefficient = torch.randn(7, 3, generator=generator, dtype=torch.float64)
-    energy, gradient = reference_bank.class_attraction(z, mean, var, index, coefficient)
+    energy, gradient = REFERENCE("class_attraction", z, mean, var, index, coefficient)
     (expected,) = torch.autograd.grad(energy.sum(), z)
     torch.testing.assert_close(gradient, expected)
 
@@ -33,7 +36,7 @@ def test_energy_is_eight_bhattacharyya_distances_halved() -> None:
     var = torch.rand(5).double() + 0.1
     distance = ((z - mean) ** 2 / (8 * var)).sum()
     one = torch.ones(1, 1).double()
-    energy, _ = reference_bank.class_attraction(z, mean, var, torch.zeros(1, 1).long(), one)
+    energy, _ = REFERENCE("class_attraction", z, mean, var, torch.zeros(1, 1).long(), one)
     torch.testing.assert_close(energy[0], 4 * distance)
 
 

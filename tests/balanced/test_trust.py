@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cwbr_models import CLASSES, Network, batch, warmed_up
+from torch import Tensor
 
 from cwbr_fused import CWBR
 from cwbr_fused.balanced import trust
 from cwbr_fused.balanced.bank import ClassBank
+from cwbr_fused.operations import reference_bank
 
 INF = float("inf")
 
@@ -19,15 +21,24 @@ def network() -> Network:
     return Network()
 
 
+def nearest(z: Tensor, mean: Tensor, var: Tensor, index: Tensor, own: int) -> Tensor:
+    """Whether each sample's own mean is nearer than those of its rivals, by the operation."""
+    labels, rivals = index[:, :own], index[:, own:]
+    weight, seen = torch.zeros(rivals.shape), torch.ones(len(mean), dtype=torch.bool)
+    acting = labels, weight[:, :0], torch.zeros(len(z)), rivals, weight, seen
+    _, numbers = reference_bank.class_attraction(z, [mean], var, torch.ones(1), *acting, 1.0)
+    return numbers[1, 0]
+
+
 def test_nearest_by_hand_with_the_variance_as_the_metric() -> None:
     mean = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     z = torch.tensor([[0.9, 0.0], [1.1, 0.0], [0.9, 0.0]])
     index = torch.tensor([[0, 1, 2], [0, 1, 2], [2, 0, -1]])
     var = torch.ones(2)
-    assert trust.nearest(z, mean, var, index, 1).tolist() == [1, 0, 0]
+    assert nearest(z, mean, var, index, 1).tolist() == [1, 0, 0]
     # Where the second dimension varies most, the third class is as near as the first.
     var = torch.tensor([1.0, 1e6])
-    assert trust.nearest(z[:1], mean, var, torch.tensor([[2, 1, -1]]), 1).tolist() == [1]
+    assert nearest(z[:1], mean, var, torch.tensor([[2, 1, -1]]), 1).tolist() == [1]
 
 
 def test_nobody_is_nearest_without_a_class_or_a_rival_or_with_a_feature_that_is_no_number() -> None:
@@ -35,15 +46,15 @@ def test_nobody_is_nearest_without_a_class_or_a_rival_or_with_a_feature_that_is_
     z = torch.tensor([[0.0, 0.0], [0.0, 0.0], [float("nan"), 0.0], [INF, 0.0]])
     mean[1] = 5
     index = torch.tensor([[-1, 1], [0, -1], [0, 1], [0, 1]])
-    assert trust.nearest(z, mean, var, index, 1).tolist() == [0, 0, 0, 0]
-    assert trust.nearest(z, mean, var, index[:, :1], 1).tolist() == [0, 0, 0, 0]
+    assert nearest(z, mean, var, index, 1).tolist() == [0, 0, 0, 0]
+    assert nearest(z, mean, var, index[:, :1], 1).tolist() == [0, 0, 0, 0]
 
 
 def test_the_second_class_of_a_soft_target_is_no_rival() -> None:
     mean = torch.tensor([[0.0], [1.0], [5.0]])
     z, var = torch.tensor([[0.9]]), torch.ones(1)
-    assert trust.nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 2).tolist() == [1]
-    assert trust.nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 1).tolist() == [0]
+    assert nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 2).tolist() == [1]
+    assert nearest(z, mean, var, torch.tensor([[0, 1, 2]]), 1).tolist() == [0]
 
 
 def test_strength_by_hand_and_its_limits() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_layer import REFERENCE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -288,18 +289,16 @@ class Loop:
             bank = self.banks[name]
             mean, var = reference.class_moments(z, order, offsets, 0.0)
             size = offsets.diff().to(z.dtype)
-            moves, metric = reference_bank.observe_classes(
-                *bank.values(), classes, size, mean, var, VARIANCE_MOMENTUM, VARIANCE_FLOOR
-            )
-            r = reference_bank.class_attraction(z, bank["mean"], metric, index, coefficient)[1]
+            learned = size, mean, var, VARIANCE_MOMENTUM, VARIANCE_FLOOR
+            moves, metric = REFERENCE("observe_classes", *bank.values(), classes, *learned)
+            r = REFERENCE("class_attraction", z, bank["mean"], metric, index, coefficient)[1]
             nearness = -((z[:, None] - bank["mean"]) ** 2 / metric).sum(2)
             met = seen[forward.targets] & (seen.sum() > 1)
             right = _share_on_top(nearness, forward.targets, seen, met)
             share = 4 * known * (1 - known) * right**4
             pulls.append(share * r / r.norm() if r.norm() > 0 else r)
-            reference_bank.follow_classes(
-                bank["mean"], bank["count"], classes, moves, mean, MOMENTUM
-            )
+            moved = bank["mean"], bank["count"]
+            REFERENCE("follow_classes", *moved, classes, moves, mean, MOMENTUM)
         return pulls
 
     def _check_banks(self) -> None:

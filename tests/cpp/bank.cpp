@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 
@@ -24,8 +25,27 @@ constexpr Case kCases[] = {
 template <class T>
 struct Results {
   Array<int64_t> index;
-  Array<T> weight, own, energy, gradient;
+  Array<T> weight, own, energy, right, nearest, squares, gradient;
 };
+
+// The columns of two layers, of which the first is the wider one.
+template <class T>
+std::vector<Array<T>> split(const Array<T>& matrix, int64_t dims) {
+  const int64_t middle = (dims + 1) / 2;
+  std::vector<Array<T>> parts(2);
+  for (size_t i = 0; i < matrix.size(); ++i)
+    parts[static_cast<int64_t>(i) % dims >= middle].push_back(matrix[i]);
+  return parts;
+}
+
+template <class M>
+std::vector<Bank<M>> layers_of(std::vector<Array<std::remove_const_t<M>>>& means,
+                               std::vector<Array<std::remove_const_t<M>>>& counts, int64_t classes,
+                               int64_t dims) {
+  const int64_t middle = (dims + 1) / 2;
+  return {{means[0].data(), counts[0].data(), classes, middle, 0},
+          {means[1].data(), counts[1].data(), classes, dims - middle, middle}};
+}
 
 template <class T>
 Results<T> run(const Case& c, const Array<T>& logits, const Array<int64_t>& targets,
@@ -34,15 +54,43 @@ Results<T> run(const Case& c, const Array<T>& logits, const Array<int64_t>& targ
   r.index.resize(c.batch * c.top);
   r.weight.resize(c.batch * c.top);
   r.own.resize(c.batch);
-  r.energy.resize(c.batch);
+  for (auto* numbers : {&r.energy, &r.nearest, &r.right, &r.squares}) numbers->resize(2 * c.batch);
   r.gradient.resize(c.batch * c.dims);
   top_confusions(Cpu(), Matrix<const T>{logits.data(), c.batch, c.classes, c.classes},
                  targets.data(), seen, c.top, r.index.data(), r.weight.data(), r.own.data());
+  std::vector<Array<T>> means = split(mean, c.dims), counts(2);
   class_attraction(Cpu(), Matrix<const T>{z.data(), c.batch, c.dims, c.dims},
-                   Bank<const T>{mean.data(), nullptr, c.classes, c.dims}, var.data(),
-                   Acting<T>{r.index.data(), r.weight.data(), c.top}, r.energy.data(),
-                   r.gradient.data());
+                   layers_of<const T>(means, counts, c.classes, c.dims), var.data(),
+                   std::array<T, 2>{T(0.5), 2}.data(),
+                   Acting<T>{targets.data(), nullptr, r.own.data(), r.index.data(), r.weight.data(),
+                             seen, 1, c.top, 1},
+                   Attraction<T>{r.energy.data(), r.nearest.data(), r.right.data(),
+                                 r.squares.data(), r.gradient.data()});
   return r;
+}
+
+// What acts on sample b at the columns [first, last) of layer l: its class, then its rivals.
+template <class T>
+void define_attraction(const Case& c, int64_t b, int64_t l, const Array<int64_t>& acting,
+                       const Array<T>& z, const Array<T>& mean, const Array<T>& var,
+                       Results<double>& r) {
+  const int64_t middle = (c.dims + 1) / 2, first = l * middle, last = l == 0 ? middle : c.dims;
+  double energy = 0, own = 0, rival = std::numeric_limits<double>::infinity(), squares = 0;
+  for (size_t j = 0; j < acting.size(); ++j) {
+    const double coefficient = j == 0 ? 1 : -r.weight[b * c.top + j - 1];
+    double distance = 0;
+    for (int64_t d = first; d < last; ++d) {
+      const double x = z[b * c.dims + d], difference = x - mean[acting[j] * c.dims + d];
+      distance += difference * difference / var[d];
+      r.gradient[b * c.dims + d] += (l == 0 ? 0.5 : 2) * coefficient * difference / var[d];
+    }
+    energy += coefficient * distance / 2;
+    (j == 0 ? own : rival) = j == 0 ? distance : std::min(rival, distance);
+  }
+  for (int64_t d = first; d < last; ++d) squares += std::pow(r.gradient[b * c.dims + d], 2);
+  r.energy.push_back(last > first ? energy / (last - first) : 0);
+  r.squares.push_back(squares);
+  r.nearest.push_back(acting.size() > 1 && own < rival);
 }
 
 // The candidates of each row by falling logit, sorted in full; their probabilities and attraction.
@@ -51,7 +99,6 @@ Results<double> definitions(const Case& c, const Array<T>& logits, const Array<i
                             const bool* seen, const Array<T>& z, const Array<T>& mean,
                             const Array<T>& var) {
   Results<double> r;
-  r.energy.resize(c.batch);
   r.gradient.resize(c.batch * c.dims);
   for (int64_t b = 0; b < c.batch; ++b) {
     const T* row = logits.data() + b * c.classes;
@@ -66,14 +113,21 @@ Results<double> definitions(const Case& c, const Array<T>& logits, const Array<i
     r.own.push_back(std::exp(static_cast<double>(row[targets[b]])) / total);
     order.resize(c.top, -1);
     for (const int64_t i : order) {
-      const double weight = i < 0 ? 0 : std::exp(static_cast<double>(row[i])) / total;
       r.index.push_back(i);
-      r.weight.push_back(weight);
-      for (int64_t d = 0; d < c.dims && i >= 0; ++d) {
-        const double difference = static_cast<double>(z[b * c.dims + d]) - mean[i * c.dims + d];
-        r.energy[b] += weight * difference * difference / (2 * var[d]);
-        r.gradient[b * c.dims + d] += weight * difference / var[d];
+      r.weight.push_back(i < 0 ? 0 : std::exp(static_cast<double>(row[i])) / total);
+    }
+  }
+  for (int64_t l = 0; l < 2; ++l) {
+    for (int64_t b = 0; b < c.batch; ++b) {
+      Array<int64_t> acting;
+      bool right = true;
+      if (seen[targets[b]]) acting.push_back(targets[b]);
+      for (int64_t at = b * c.top; at < (b + 1) * c.top && r.index[at] >= 0; ++at) {
+        right = right && r.own[b] > r.weight[at];
+        if (!acting.empty()) acting.push_back(r.index[at]);
       }
+      define_attraction(c, b, l, acting, z, mean, var, r);
+      r.right.push_back(right);
     }
   }
   return r;
@@ -104,11 +158,15 @@ void test_type(double tolerance) {
     expect_near(c.name, expected.own, truth.own, tolerance);
     expect_near(c.name, expected.energy, truth.energy, tolerance);
     expect_near(c.name, expected.gradient, truth.gradient, tolerance);
+    expect_near(c.name, expected.squares, truth.squares, 4 * tolerance);
+    expect_near(c.name, expected.right, truth.right, 0);
+    expect_near(c.name, expected.nearest, truth.nearest, 0);
     for (thread_count = 2; thread_count <= 5; thread_count += 3) {
       const Results<T> results = run(c, logits, targets, seen.get(), z, mean, var);
       expect_same_bits(c.name, results.index, expected.index);
       for (auto field :
-           {&Results<T>::weight, &Results<T>::own, &Results<T>::energy, &Results<T>::gradient}) {
+           {&Results<T>::weight, &Results<T>::own, &Results<T>::energy, &Results<T>::nearest,
+            &Results<T>::right, &Results<T>::squares, &Results<T>::gradient}) {
         expect_same_bits(c.name, results.*field, expected.*field);
       }
     }
@@ -156,18 +214,33 @@ struct BankInput {
       mean[2 * c.dims + d] = std::numeric_limits<T>::max() / 8;
   }
 
+  // The same batch at two layers of these columns.
   Learned<T> learn(const BankCase& c) const {
     Learned<T> r = bank;
-    r.weight.resize(c.groups);
+    r.weight.resize(2 * c.groups);
     r.metric.resize(c.dims);
-    const BatchClasses<T> batch{rows.data(), size.data(), mean.data(), var.data(), c.groups};
-    observe_classes(Cpu(), Bank<const T>{r.mean.data(), r.count.data(), c.classes, c.dims}, batch,
-                    Variances<T>{r.var.data(), r.updates.data(), r.metric.data()}, kMomentum,
-                    kFloor, r.weight.data());
-    BatchClasses<T> moves = batch;
-    moves.weight = r.weight.data();
-    follow_classes(Cpu(), Bank<T>{r.mean.data(), r.count.data(), c.classes, c.dims}, moves,
-                   kMeanMomentum);
+    T unit[2], updates[2] = {r.updates[0], r.updates[0]};
+    std::vector<Array<T>> means = split(r.mean, c.dims), counts(2, r.count);
+    const std::vector<Bank<T>> layers = layers_of<T>(means, counts, c.classes, c.dims);
+    std::vector<Observed<T>> observed;
+    for (int l = 0; l < 2; ++l) {
+      const Bank<T>& layer = layers[l];
+      observed.push_back(
+          {{layer.mean, layer.count, layer.classes, layer.dims, layer.first},
+           {r.var.data() + layer.first, updates + l, r.metric.data() + layer.first, unit + l}});
+    }
+    BatchClasses<T> batch{rows.data(), size.data(), mean.data(), var.data(), c.groups, c.dims};
+    observe_classes(Cpu(), observed, batch, kMomentum, kFloor, r.weight.data());
+    batch.weight = r.weight.data();
+    follow_classes(Cpu(), layers, batch, kMeanMomentum);
+    Array<T> first = counts[0];
+    r.count.swap(first);
+    r.updates = {updates[0]};
+    for (int64_t i = 0, at[2] = {0, 0}; i < std::ssize(r.mean); ++i) {
+      const bool second = i % c.dims >= (c.dims + 1) / 2;
+      r.mean[i] = means[second][at[second]++];
+    }
+    r.weight.resize(c.groups);
     return r;
   }
 
@@ -191,12 +264,13 @@ struct BankInput {
     }
     if (total > 0) r.updates[0] += 1;
     const double pace = std::max(1 / r.updates[0], 1 - kMomentum);
-    double level = 0;
+    const int64_t middle = (c.dims + 1) / 2;
+    double level[2] = {0, 0};
     for (int64_t d = 0; d < c.dims; ++d) {
       if (total > 0) r.var[d] += pace * (scatter[d] / total - r.var[d]);
-      level += r.var[d] / c.dims;
+      level[d >= middle] += r.var[d] / (d < middle ? middle : c.dims - middle);
     }
-    for (int64_t d = 0; d < c.dims; ++d) r.metric.push_back(r.var[d] + kFloor * level);
+    for (int64_t d = 0; d < c.dims; ++d) r.metric.push_back(r.var[d] + kFloor * level[d >= middle]);
     for (int64_t k = 0; k < c.groups; ++k) {
       if (r.weight[k] == 0) continue;
       double& count = r.count[rows[k]];

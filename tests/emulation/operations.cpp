@@ -93,9 +93,14 @@ template <class... Parts>
 void collect(std::vector<Tensor>& into, const std::tuple<Parts...>& all) {
   std::apply([&](const auto&... part) { (collect(into, part), ...); }, all);
 }
-void collect_written(const Argument& argument, const Tensor& t) {
-  const HostTensor& host = argument.tensors[0];
+void collect_written(const HostTensor& host, const Tensor& t) {
   if (host.written) emulation::copy_out(host.data, t.const_data_ptr(), t.bytes());
+}
+void collect_written(const Argument& argument, const Tensor& t) {
+  collect_written(argument.tensors[0], t);
+}
+void collect_written(const Argument& argument, const std::vector<Tensor>& all) {
+  for (size_t i = 0; i < all.size(); ++i) collect_written(argument.tensors[i], all[i]);
 }
 void collect_written(const Argument&, const auto&) {}
 

@@ -74,13 +74,21 @@ def operation_arguments(
     value, *saved = regularizer(features, *planned, EPS, True)
     overlap = reference.weighted_overlap(mean, var, alpha, EPS, True)
     seen = torch.arange(n_classes) != 4
-    index, coefficient, _ = schema.pure_pytorch("top_confusions")(
+    rivals, weight, own = schema.pure_pytorch("top_confusions")(
         logits, targets, seen, sizes.confusions
     )
-    bank = randn(n_classes, sizes.dims, dtype=wide), torch.arange(n_classes).to(wide) % 3
-    metric = randn(sizes.dims, dtype=wide).abs() + 0.5
-    moving = classes, (classes >= 0) * 1.5 * torch.ones_like(classes, dtype=wide), mean
-    updates = torch.tensor(3, dtype=wide)
+    widths = [sizes.dims, *[(sizes.dims + 1) // 2] * (sizes.layers - 1)]
+    joint = torch.cat([z, *(z[:, :d] * 2 for d in widths[1:])], 1)
+    joint_mean, joint_var = reference.class_moments(joint, order, offsets, EPS)
+    layers = range(sizes.layers)
+    counts = [torch.arange(n_classes).to(wide) % 3 + layer for layer in layers]
+    bank = [randn(n_classes, d, dtype=wide) for d in widths], counts
+    metric = [randn(d, dtype=wide).abs() + 0.5 for d in widths]
+    labels = torch.stack([targets, targets.roll(1)], 1)
+    acting = labels, (labels % 3).to(wide), own, rivals, weight, seen, 0.7
+    updates = [torch.tensor(3 + layer, dtype=wide) for layer in layers]
+    moves = (classes >= 0) * torch.tensor(1.5, dtype=wide)
+    unit = torch.arange(1, 1 + sizes.layers).to(wide)
     arguments: dict[str, tuple[Any, ...]] = {
         "group_by_class": (targets, sizes.min_count),
         "class_moments": (z, order, offsets, EPS),
@@ -98,9 +106,12 @@ def operation_arguments(
         "regularizer": (features, *planned, EPS, False),
         "regularizer_backward": (value, features, *saved, *planned, EPS, True),
         "top_confusions": (logits, targets, seen, sizes.confusions),
-        "class_attraction": (z, bank[0], metric, index, coefficient),
-        "observe_classes": (*bank, metric.clone(), updates, *moving, var, 0.9, 1e-3),
-        "follow_classes": (*bank, *moving, 0.7),
+        "class_attraction": (joint, bank[0], torch.cat(metric), unit, *acting),
+        "observe_classes": (
+            *(*bank, metric, updates, classes, moves, joint_mean, joint_var),
+            *(0.9, 1e-3),
+        ),
+        "follow_classes": (*bank, classes, moves.expand(sizes.layers, -1), joint_mean, 0.7),
     }
     assert arguments.keys() == schema.SCHEMAS.keys()
     return arguments

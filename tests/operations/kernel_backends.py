@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from emulation.harness import Emulator, emulated_library
-from kernel_inputs import outcome, written
+from kernel_inputs import flat, map_tensors, outcome, written
 from torch import Tensor
 from triton_inputs import DEVICE, TRITON
 
@@ -28,10 +28,11 @@ class Kernels:
 
         What the operation writes is brought back.
         """
-        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
+        moved = [map_tensors(lambda t: t.to(self.device), a) for a in arguments]
         result = getattr(self.operations, name)(*moved)
         for position in written(name):
-            arguments[position].copy_(moved[position])
+            for here, there in zip(flat(arguments[position]), flat(moved[position]), strict=True):
+                here.copy_(there)
         if result is None or isinstance(result, Tensor):
             return result if result is None else result.cpu()
         return tuple(t.cpu() for t in result)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_backends import Kernels, assert_equal, kernels_of
+from kernel_backends import assert_equal, kernels_of
 from kernel_inputs import DTYPES, assert_near, classes, rand, randn
+from one_layer import REFERENCE, OneLayer
 from torch import Tensor
 
 from cwbr_fused.operations import reference_bank
@@ -24,12 +25,12 @@ pytestmark = [
 
 
 @pytest.fixture(params=["cpu", "triton", "cuda"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return kernels_of(request.param)
+def kernels(request: pytest.FixtureRequest) -> OneLayer:
+    return OneLayer(kernels_of(request.param))
 
 
 def assert_confusions(
-    kernels: Kernels, logits: Tensor, targets: Tensor, seen: Tensor, top: int
+    kernels: OneLayer, logits: Tensor, targets: Tensor, seen: Tensor, top: int
 ) -> None:
     """The reference's classes exactly, and float64's probabilities to rounding, each of them."""
     index, weight, own = kernels("top_confusions", logits, targets, seen, top)
@@ -66,7 +67,7 @@ SHAPES = [(3, 1, 2), (3, 2, 1), (3, 2, 4), (5, 9, 9), (3, 70, 1), (2, 1003, 7)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", LOGITS)
 def test_confusions_are_those_of_the_definition(
-    kernels: Kernels, kind: str, shape: tuple[int, int, int], dtype: torch.dtype
+    kernels: OneLayer, kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     batch, columns, top = shape
     logits = LOGITS[kind](randn(batch, columns)).to(dtype)
@@ -78,21 +79,21 @@ def test_confusions_are_those_of_the_definition(
     ("kind", "dtype"), [("spread", torch.float32), ("rising", torch.float16)], ids=str
 )
 def test_long_rows_have_the_confusions_of_all_their_blocks(
-    kernels: Kernels, kind: str, dtype: torch.dtype
+    kernels: OneLayer, kind: str, dtype: torch.dtype
 ) -> None:
     logits = LOGITS[kind](randn(2, 9001)).to(dtype)
     assert_confusions(kernels, logits, classes(2, 9001), seen_classes(9001), 5)
 
 
 @pytest.mark.parametrize("top", [0, 1, 40])
-def test_nothing_seen_confuses_nothing(kernels: Kernels, top: int) -> None:
+def test_nothing_seen_confuses_nothing(kernels: OneLayer, top: int) -> None:
     logits, targets = randn(5, 23), classes(5, 23)
     assert_confusions(kernels, logits, targets, torch.zeros(23, dtype=torch.bool), top)
     only_own = torch.arange(23) == 7
     assert_confusions(kernels, logits, torch.full((5,), 7), only_own, top)
 
 
-def test_an_empty_batch_has_no_confusions(kernels: Kernels) -> None:
+def test_an_empty_batch_has_no_confusions(kernels: OneLayer) -> None:
     for columns in (1, 9):
         empty = torch.zeros(0, dtype=torch.int64)
         assert_confusions(kernels, randn(0, columns), empty, seen_classes(columns), 3)
@@ -100,7 +101,7 @@ def test_an_empty_batch_has_no_confusions(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_are_not_finite_spoil_their_row_alone(
-    kernels: Kernels, dtype: torch.dtype
+    kernels: OneLayer, dtype: torch.dtype
 ) -> None:
     logits = randn(8, 37, dtype=dtype)
     targets = torch.full((8,), 5)
@@ -111,7 +112,7 @@ def test_logits_that_are_not_finite_spoil_their_row_alone(
     assert_confusions(kernels, logits, targets, torch.ones(37, dtype=torch.bool), 4)
 
 
-def test_logits_near_the_largest_number_do_not_overflow(kernels: Kernels) -> None:
+def test_logits_near_the_largest_number_do_not_overflow(kernels: OneLayer) -> None:
     """Beside them log(sum(exp)) rounds away its logarithm; softmax does not."""
     logits = randn(4, 50).sign() * torch.finfo(torch.float32).max
     logits[:, ::3] = randn(4, 17)
@@ -124,7 +125,7 @@ def test_logits_near_the_largest_number_do_not_overflow(kernels: Kernels) -> Non
 
 @pytest.mark.parametrize("kernels", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16], ids=str)
-def test_targets_of_any_integer_dtype(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_targets_of_any_integer_dtype(kernels: OneLayer, dtype: torch.dtype) -> None:
     logits, targets, seen = randn(9, 40), classes(9, 40), seen_classes(40)
     expected = kernels("top_confusions", logits, targets, seen, 5)
     assert_equal(kernels("top_confusions", logits, targets.to(dtype), seen, 5), expected)
@@ -136,7 +137,7 @@ def layouts(t: Tensor) -> list[Tensor]:
     return [wide, t.T.contiguous().T] if t.dim() == 2 else [wide]
 
 
-def test_confusions_are_read_by_their_strides(kernels: Kernels) -> None:
+def test_confusions_are_read_by_their_strides(kernels: OneLayer) -> None:
     arguments = (randn(6, 30), classes(6, 30), seen_classes(30))
     expected = kernels("top_confusions", *arguments, 5)
     for position, argument in enumerate(arguments):
@@ -169,13 +170,13 @@ def attraction(
     )
 
 
-def assert_attraction(kernels: Kernels, arguments: Arguments) -> None:
+def assert_attraction(kernels: OneLayer, arguments: Arguments) -> None:
     """Float64's energies to rounding of what they are the sum of, and its gradients."""
     energy, gradient = kernels("class_attraction", *arguments)
     z, mean, var, index, coefficient = (t.double() for t in arguments)
     index = index.long()
-    truth, true_gradient = reference_bank.class_attraction(z, mean, var, index, coefficient)
-    size, _ = reference_bank.class_attraction(z, mean, var, index, coefficient.abs())
+    truth, true_gradient = REFERENCE("class_attraction", z, mean, var, index, coefficient)
+    size, _ = REFERENCE("class_attraction", z, mean, var, index, coefficient.abs())
     assert energy.dtype == gradient.dtype == arguments[1].dtype
     relative = 1e-13 if energy.dtype == torch.float64 else 2e-6
     assert energy.shape == truth.shape
@@ -191,13 +192,13 @@ def assert_attraction(kernels: Kernels, arguments: Arguments) -> None:
     ids=str,
 )
 def test_attraction_and_its_gradient_equal_float64_truth(
-    kernels: Kernels, shape: tuple[int, int, int, int], dtype: torch.dtype
+    kernels: OneLayer, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     assert_attraction(kernels, attraction(*shape, dtype))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 3), (3, 4, 5, 0), (3, 4, 0, 2), (3, 0, 5, 2)], ids=str)
-def test_attraction_of_nothing_is_zero(kernels: Kernels, shape: tuple[int, int, int, int]) -> None:
+def test_attraction_of_nothing_is_zero(kernels: OneLayer, shape: tuple[int, int, int, int]) -> None:
     arguments = attraction(*shape)
     energy, gradient = kernels("class_attraction", *arguments)
     assert energy.shape == shape[:1]
@@ -206,7 +207,7 @@ def test_attraction_of_nothing_is_zero(kernels: Kernels, shape: tuple[int, int, 
     assert not gradient.any()
 
 
-def test_samples_without_a_class_feel_nothing_whatever_they_are(kernels: Kernels) -> None:
+def test_samples_without_a_class_feel_nothing_whatever_they_are(kernels: OneLayer) -> None:
     z, mean, var, index, coefficient = attraction(4, 3, 21, 2)
     z[0], z[1, 3] = NAN, INF
     index[:2] = -1
@@ -217,13 +218,13 @@ def test_samples_without_a_class_feel_nothing_whatever_they_are(kernels: Kernels
     assert_equal((energy[2:], gradient[2:]), expected)
 
 
-def test_huge_means_of_small_spread_lose_no_digits(kernels: Kernels) -> None:
+def test_huge_means_of_small_spread_lose_no_digits(kernels: OneLayer) -> None:
     z, mean, var, index, coefficient = attraction(6, 5, 100, 4)
     for level in (1e3, -1e5):
         assert_attraction(kernels, (z + level, mean + level, var, index, coefficient))
 
 
-def test_attraction_is_read_by_its_strides(kernels: Kernels) -> None:
+def test_attraction_is_read_by_its_strides(kernels: OneLayer) -> None:
     arguments = attraction(6, 5, 20, 3)
     expected = kernels("class_attraction", *arguments)
     for position, argument in enumerate(arguments):

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_backends import Kernels, assert_equal, kernels_of
-from kernel_inputs import ACCUMULATION_DTYPES, outcome, rand, randn, written
+from kernel_backends import assert_equal, kernels_of
+from kernel_inputs import ACCUMULATION_DTYPES, rand, randn, written
+from one_layer import REFERENCE, OneLayer
 from test_bank_kernels import layouts
 from torch import Tensor
-
-from cwbr_fused.operations import reference_bank
 
 INF, NAN = float("inf"), float("nan")
 OPERATIONS = ("observe_classes", "follow_classes")
@@ -30,8 +29,8 @@ MEAN, COUNT, VAR, UPDATES, CLASSES, SIZE, BATCH_MEAN, BATCH_VAR = range(8)
 
 
 @pytest.fixture(params=["cpu", "triton", "cuda"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return kernels_of(request.param)
+def kernels(request: pytest.FixtureRequest) -> OneLayer:
+    return OneLayer(kernels_of(request.param))
 
 
 def observation(
@@ -62,7 +61,7 @@ def observation(
 
 def following(observed: Observation) -> list[Any]:
     """Arguments of follow_classes after such an observation."""
-    weight = outcome(reference_bank.observe_classes, "observe_classes", observed)[0]
+    weight = REFERENCE.outcome("observe_classes", *observed)[0]
     mean, count = observed[MEAN], observed[COUNT]
     return [mean, count, observed[CLASSES], weight, observed[BATCH_MEAN], MOMENTUM]
 
@@ -75,9 +74,9 @@ def in_float64(arguments: list[Any]) -> list[Any]:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
 
 
-def assert_true(kernels: Kernels, name: str, arguments: list[Any]) -> list[Tensor]:
+def assert_true(kernels: OneLayer, name: str, arguments: list[Any]) -> list[Tensor]:
     """Float64's numbers to rounding: of themselves, for means to that of what they move between."""
-    truth = outcome(getattr(reference_bank, name), name, in_float64(arguments))
+    truth = REFERENCE.outcome(name, *in_float64(arguments))
     found = kernels.outcome(name, *arguments)
     dtype = arguments[MEAN].dtype
     relative = 1e-14 if dtype == torch.float64 else 3e-6
@@ -105,14 +104,14 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_bank_is_written_as_in_float64(
-    kernels: Kernels, name: str, shape: tuple[int, int, int], dtype: torch.dtype
+    kernels: OneLayer, name: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     assert_true(kernels, name, arguments_of(name, observation(*shape, dtype)))
 
 
 @pytest.mark.parametrize("updates", [0, 1, 7, 1e6])
 def test_variances_are_a_plain_average_until_that_moves_more_slowly(
-    kernels: Kernels, updates: float
+    kernels: OneLayer, updates: float
 ) -> None:
     arguments = observation(12, 20, 33, updates=updates)
     found = assert_true(kernels, "observe_classes", arguments)
@@ -123,7 +122,7 @@ def test_variances_are_a_plain_average_until_that_moves_more_slowly(
 
 
 @pytest.mark.parametrize("groups", [0, 7])
-def test_a_batch_of_unknown_classes_changes_no_variance(kernels: Kernels, groups: int) -> None:
+def test_a_batch_of_unknown_classes_changes_no_variance(kernels: OneLayer, groups: int) -> None:
     arguments = observation(groups, 9, 40)
     arguments[COUNT] = torch.zeros(9)
     weight, metric, var, updates = assert_true(kernels, "observe_classes", arguments)
@@ -134,7 +133,7 @@ def test_a_batch_of_unknown_classes_changes_no_variance(kernels: Kernels, groups
     assert_equal((metric,), (torch.ones(40),))
 
 
-def test_one_known_class_among_many_decides_alone(kernels: Kernels) -> None:
+def test_one_known_class_among_many_decides_alone(kernels: OneLayer) -> None:
     arguments = observation(60, 70, 21, updates=0)
     known = arguments[CLASSES][50]
     arguments[COUNT] = torch.where(torch.arange(70) == known, 2.0, 0.0)
@@ -144,7 +143,7 @@ def test_one_known_class_among_many_decides_alone(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN, 1e25])
-def test_moments_too_large_to_square_leave_their_class_out(kernels: Kernels, value: float) -> None:
+def test_moments_too_large_to_square_leave_their_class_out(kernels: OneLayer, value: float) -> None:
     arguments = observation(20, 30, 530)
     arguments[CLASSES][7], arguments[CLASSES][8] = 28, 29
     arguments[COUNT][28:] = 2
@@ -171,7 +170,7 @@ def spoil(name: str, arguments: list[Any], value: float) -> None:
 
 @pytest.mark.parametrize("value", [INF, NAN, 1e25])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_is_left_out_may_hold_anything(kernels: Kernels, name: str, value: float) -> None:
+def test_what_is_left_out_may_hold_anything(kernels: OneLayer, name: str, value: float) -> None:
     arguments = arguments_of(name, observation(24, 30, 70))
     expected = kernels.outcome(name, *arguments)
     spoiled = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
@@ -179,7 +178,7 @@ def test_what_is_left_out_may_hold_anything(kernels: Kernels, name: str, value: 
     assert_equal(tuple(kernels.outcome(name, *spoiled)), tuple(expected))
 
 
-def test_rows_of_classes_that_do_not_occur_keep_their_bits(kernels: Kernels) -> None:
+def test_rows_of_classes_that_do_not_occur_keep_their_bits(kernels: OneLayer) -> None:
     mean, count, classes, weight, *_ = arguments = following(observation(12, 40, 33))
     absent = torch.ones(40, dtype=torch.bool)
     absent[classes[weight > 0]] = False
@@ -190,7 +189,7 @@ def test_rows_of_classes_that_do_not_occur_keep_their_bits(kernels: Kernels) -> 
     torch.testing.assert_close(new_count[~absent].sum(), count[~absent].sum() + weight.sum())
 
 
-def test_negative_classes_are_not_followed_whatever_their_weight(kernels: Kernels) -> None:
+def test_negative_classes_are_not_followed_whatever_their_weight(kernels: OneLayer) -> None:
     mean, count, classes, weight, batch_mean, momentum = following(observation(12, 40, 33))
     expected = kernels.outcome("follow_classes", mean, count, classes, weight, batch_mean, momentum)
     assert (classes < 0).any()
@@ -200,7 +199,7 @@ def test_negative_classes_are_not_followed_whatever_their_weight(kernels: Kernel
     assert_equal(tuple(found), tuple(expected))
 
 
-def test_the_first_samples_of_a_class_are_its_mean(kernels: Kernels) -> None:
+def test_the_first_samples_of_a_class_are_its_mean(kernels: OneLayer) -> None:
     batch_mean = randn(3, 65)
     arguments = (torch.zeros(5, 65), torch.zeros(5), torch.tensor([4, -1, 1]))
     weight = torch.tensor([3.0, 0.0, 1.0])
@@ -209,7 +208,7 @@ def test_the_first_samples_of_a_class_are_its_mean(kernels: Kernels) -> None:
     assert not mean[[0, 2, 3]].any()
 
 
-def test_a_bank_that_learns_from_batch_after_batch_stays_with_float64(kernels: Kernels) -> None:
+def test_a_bank_that_learns_from_batch_after_batch_stays_with_float64(kernels: OneLayer) -> None:
     state = observation(0, 15, 20, updates=0)[:4]
     state[COUNT].zero_()
     state[VAR].zero_()
@@ -219,7 +218,7 @@ def test_a_bank_that_learns_from_batch_after_batch_stays_with_float64(kernels: K
         batch = [classes.roll(step), size, mean + step, var]
         for given, bank, operations in (
             (batch, state, kernels),
-            (in_float64(batch), truth, Kernels(reference_bank, "cpu")),
+            (in_float64(batch), truth, REFERENCE),
         ):
             weight, _ = operations("observe_classes", *bank, *given, MOMENTUM, FLOOR)
             operations("follow_classes", *bank[:2], given[0], weight, given[2], MOMENTUM)
@@ -229,7 +228,7 @@ def test_a_bank_that_learns_from_batch_after_batch_stays_with_float64(kernels: K
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_arguments_are_read_by_their_strides(kernels: Kernels, name: str) -> None:
+def test_arguments_are_read_by_their_strides(kernels: OneLayer, name: str) -> None:
     arguments = arguments_of(name, observation(8, 9, 20))
     expected = tuple(kernels.outcome(name, *arguments))
     for position, argument in enumerate(arguments):
@@ -247,7 +246,7 @@ def test_arguments_are_read_by_their_strides(kernels: Kernels, name: str) -> Non
 
 @pytest.mark.parametrize("kernels", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_is_written_must_be_contiguous(kernels: Kernels, name: str) -> None:
+def test_what_is_written_must_be_contiguous(kernels: OneLayer, name: str) -> None:
     arguments = arguments_of(name, observation(8, 9, 20))
     names = {"observe_classes": ["var"], "follow_classes": ["mean", "count"]}[name]
     for argument, position in zip(names, written(name), strict=False):
@@ -262,14 +261,14 @@ def test_what_is_written_must_be_contiguous(kernels: Kernels, name: str) -> None
     "kernels", ["cpu", "cuda"], indirect=True
 )  # the interpreter asserts nothing
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_class_that_the_bank_does_not_have_is_an_error(kernels: Kernels, name: str) -> None:
+def test_a_class_that_the_bank_does_not_have_is_an_error(kernels: OneLayer, name: str) -> None:
     arguments = arguments_of(name, observation(8, 9, 20))
     arguments[CLASSES if name == "observe_classes" else 2][0] = 9
     with pytest.raises(RuntimeError, match=r"classes|leaves its tensor"):
         kernels.outcome(name, *arguments)
 
 
-def test_a_bank_without_classes_or_dimensions_can_be_asked(kernels: Kernels) -> None:
+def test_a_bank_without_classes_or_dimensions_can_be_asked(kernels: OneLayer) -> None:
     for classes, dims in ((0, 7), (4, 0), (0, 0)):
         arguments = observation(3, classes, dims)
         weight, metric, var, updates = kernels.outcome("observe_classes", *arguments)

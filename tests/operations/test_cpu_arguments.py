@@ -50,7 +50,9 @@ def operations(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]
     alpha = reference.confusion_weights(logits, *groups)
     saved = reference.regularizer(features, *planned, EPS, True)[1:]
     scalar = torch.tensor(0.7, dtype=mean.dtype)
-    index, weight, _ = reference_bank.top_confusions(logits, targets % 20, classes(70, 2) > 0, 5)
+    logits_of_20 = logits[:, :20].to(mean.dtype)
+    seen = classes(20, 3) > 0
+    confusions = reference_bank.top_confusions(logits_of_20, targets % 20, seen, 5)
     return {
         "group_by_class": (targets, 2),
         "class_moments": (z, order, offsets, EPS),
@@ -68,21 +70,44 @@ def operations(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]
         "regularizer": (features, *planned, EPS, False),
         "regularizer_backward": (scalar, features, *saved, *planned, EPS, True),
         "top_confusions": (logits, targets, classes(70, 2) > 0, 5),
-        "class_attraction": (z, mean, var[0], index % 20, weight),
+        "class_attraction": attraction(z, mean, var[0], targets % 20, seen, confusions),
         **bank_operations(70, mean, var),
     }
+
+
+def split(matrix: Tensor) -> list[Tensor]:
+    """The columns of two layers."""
+    middle = matrix.shape[-1] // 3
+    return [matrix[..., :middle].contiguous(), matrix[..., middle:].contiguous()]
+
+
+def attraction(
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    targets: Tensor,
+    seen: Tensor,
+    confusions: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Any, ...]:
+    """Two layers, two own classes for each sample."""
+    rivals, weight, own = confusions
+    labels = torch.stack([targets, (targets + 1) % len(mean)], 1)
+    shares = (labels % 3).to(mean.dtype)
+    unit = torch.tensor([0.5, 2], dtype=mean.dtype)
+    return z, split(mean), var, unit, labels, shares, own, rivals, weight, seen, 0.7
 
 
 def bank_operations(count: int, mean: Tensor, var: Tensor) -> dict[str, tuple[Any, ...]]:
     """Of those that write into a bank of `count` classes, for batch moments (K, D)."""
     groups, dims = mean.shape
-    bank = randn(count, dims, dtype=mean.dtype), (torch.arange(count) % 3).to(mean.dtype)
+    counts = [(torch.arange(count) % 3 + layer).to(mean.dtype) for layer in range(2)]
+    bank = split(randn(count, dims, dtype=mean.dtype)), counts
     rows = torch.arange(groups).flip(0) - 1
-    batch = rows, (torch.arange(groups) % 5).to(mean.dtype), mean
-    updates = torch.tensor(3, dtype=mean.dtype)
+    size = (torch.arange(groups) % 5).to(mean.dtype)
+    updates = [torch.tensor(3, dtype=mean.dtype), torch.tensor(7, dtype=mean.dtype)]
     return {
-        "observe_classes": (*bank, var[0].clone(), updates, *batch, var, 0.9, 1e-3),
-        "follow_classes": (*bank, *batch, 0.7),
+        "observe_classes": (*bank, split(var[0]), updates, rows, size, mean, var, 0.9, 1e-3),
+        "follow_classes": (*bank, rows, torch.stack([size, 2 * size]), mean, 0.7),
     }
 
 
@@ -133,7 +158,8 @@ def large_operations() -> dict[str, tuple[Any, ...]]:
     mean, var = reference.class_moments(features[2], order, offsets, EPS)
     saved = CPP.regularizer(features, *planned, EPS, True)[1:]
     groups = CPP.group_by_class(targets, 2)
-    index, weight, _ = reference_bank.top_confusions(logits[:, :60], targets, classes(60, 2) > 0, 5)
+    seen = classes(len(mean), 3) > 0
+    confusions = reference_bank.top_confusions(logits[:, : len(mean)], targets % len(mean), seen, 5)
     return {
         "class_moments": (features[2], order, offsets, EPS),
         "class_moments_backward": (mean, var, features[2], mean, var, order, offsets, EPS),
@@ -142,7 +168,9 @@ def large_operations() -> dict[str, tuple[Any, ...]]:
         "regularizer": (features, *planned, EPS, True),
         "regularizer_backward": (torch.ones(()), features, *saved, *planned, EPS, True),
         "top_confusions": (logits, targets, classes(3000, 2) > 0, 5),
-        "class_attraction": (features[2], mean, var[0], index, weight),
+        "class_attraction": attraction(
+            features[2], mean, var[0], targets % len(mean), seen, confusions
+        ),
         **bank_operations(3000, mean, var),
     }
 
@@ -235,27 +263,34 @@ BAD = [
     ("top_confusions", 2, torch.ones(69, dtype=torch.bool), "seen"),
     ("top_confusions", 2, torch.ones(70), "seen"),
     ("top_confusions", 3, -1, "top"),
-    ("class_attraction", 0, torch.rand(40, 529), "mean"),
-    ("class_attraction", 1, torch.rand(20, 530).double(), "mean"),
+    ("class_attraction", 0, torch.rand(40, 529), "z"),
+    ("class_attraction", 1, [], "mean"),
+    ("class_attraction", 1, [torch.rand(20, 500), torch.rand(19, 30)], "mean"),
+    ("class_attraction", 1, [torch.rand(20, 530).double()], "mean"),
     ("class_attraction", 2, torch.rand(1, 530), "var"),
-    ("class_attraction", 3, torch.full((40, 5), 20), "index"),
-    ("class_attraction", 3, torch.full((40, 5), -2), "index"),
-    ("class_attraction", 3, torch.zeros(40, 5), "index"),
-    ("class_attraction", 4, torch.rand(40, 4), "coefficient"),
-    ("observe_classes", 0, torch.rand(70, 529), "var"),
-    ("observe_classes", 1, torch.rand(69), "count"),
-    ("observe_classes", 2, torch.rand(2, 530)[:, ::2], "var"),
-    ("observe_classes", 2, torch.rand(1060)[::2], "var"),
-    ("observe_classes", 3, torch.rand(1), "updates"),
+    ("class_attraction", 3, torch.rand(3), "unit"),
+    ("class_attraction", 4, torch.full((40, 2), 20), "labels"),
+    ("class_attraction", 5, torch.rand(40, 1), "shares"),
+    ("class_attraction", 6, torch.rand(39), "own"),
+    ("class_attraction", 7, torch.full((40, 5), 20), "rivals"),
+    ("class_attraction", 7, torch.zeros(40, 5), "rivals"),
+    ("class_attraction", 8, torch.rand(40, 4), "weight"),
+    ("class_attraction", 9, torch.ones(19, dtype=torch.bool), "seen"),
+    ("observe_classes", 0, [torch.rand(70, 176), torch.rand(70, 353)], "batch_mean"),
+    ("observe_classes", 1, [torch.rand(70), torch.rand(69)], "count"),
+    ("observe_classes", 1, [torch.rand(70)], "count"),
+    ("observe_classes", 2, [torch.rand(176), torch.rand(355)], "var"),
+    ("observe_classes", 2, [torch.rand(352)[::2], torch.rand(354)], "var"),
+    ("observe_classes", 3, [torch.rand(1), torch.rand(1)], "updates"),
     ("observe_classes", 4, torch.full((20,), 70), "classes"),
     ("observe_classes", 4, torch.full((20,), -2), "classes"),
     ("observe_classes", 5, torch.ones(20, dtype=torch.int64), "size"),
     ("observe_classes", 6, torch.rand(19, 530), "batch_mean"),
     ("observe_classes", 7, torch.rand(20, 530).double(), "batch_var"),
-    ("follow_classes", 0, torch.rand(530, 70).T, "mean"),
-    ("follow_classes", 1, torch.rand(71), "count"),
+    ("follow_classes", 0, [torch.rand(176, 70).T, torch.rand(70, 354)], "mean"),
+    ("follow_classes", 1, [torch.rand(70), torch.rand(71)], "count"),
     ("follow_classes", 2, torch.full((20,), 70), "classes"),
-    ("follow_classes", 3, torch.rand(19), "weight"),
+    ("follow_classes", 3, torch.rand(20), "weight"),
     ("follow_classes", 4, torch.rand(20, 529), "batch_mean"),
 ]
 

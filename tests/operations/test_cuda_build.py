@@ -158,7 +158,7 @@ def test_the_report_knows_how_much_shared_memory_a_launch_asks_for(tmp_path: Pat
         "tile_backward_kernel BothSides": "BackwardShared",
         "layer_distances_kernel": "RegularizerShared",
         "top_confusions_kernel": "ConfusionsShared",
-        "class_attraction_kernel": "SumShared",
+        "class_attraction_kernel": "AttractionShared",
         "class_weights_kernel": "SumShared",
         "scatter_kernel": "SumShared",
         "variances_kernel": "VariancesShared",

@@ -126,11 +126,26 @@ def confusion_list_cases() -> Iterator[Case]:
 
 
 def attraction_cases() -> Iterator[Case]:
-    for dims, dtype in ((7, torch.float32), (520, torch.float64), (8, torch.float16)):
-        index = random_targets(9, 5).reshape(3, 3) - 1
-        z, mean, weights = random(3, dims, dtype=dtype), random(4, dims), random(3, 3)
-        bank = [t.to(reference.accumulation_dtype(dtype)) for t in (mean, mean[0].exp())]
-        yield "class_attraction", (z, *bank, index, weights.to(bank[0].dtype))
+    """Two layers; more classes than are measured together; some -1, unseen, twice or unlabelled."""
+    for dims, others, dtype in (
+        ([7, 3], 3, torch.float32),
+        ([520, 130], 11, torch.float64),
+        ([8, 16], 3, torch.float16),
+    ):
+        wide, classes = reference.accumulation_dtype(dtype), 6
+        rivals = random_targets(9, classes).repeat(others)[: 9 * others].reshape(9, others) - 1
+        labels = torch.stack([random_targets(9, classes), torch.arange(9) % classes], 1)
+        labels[4:6, 0], labels[7, 1] = -1, -1
+        rivals[:, 0] = torch.where(torch.arange(9) < 4, labels[:, 0], rivals[:, 0])
+        z = random(9, sum(dims), dtype=dtype) / 4
+        mean = [random(classes, d).to(wide) / 4 for d in dims]
+        z[8, : dims[0]] += mean[0][labels[8, 0]].to(dtype)
+        weight, seen = random(9, others).abs().to(wide), torch.arange(classes) != 2
+        own = torch.linspace(0, 1, 9, dtype=wide)
+        for shares in (labels[:, :0].to(wide), (labels + 1).to(wide).clamp(max=1)):
+            var, unit = random(sum(dims)).exp().to(wide), torch.tensor([0.5, 1.5], dtype=wide)
+            acting = labels, shares, own, rivals, weight, seen, 0.7
+            yield "class_attraction", (z, mean, var, unit, *acting)
 
 
 Bank = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -150,23 +165,30 @@ def banks(dims: int, dtype: torch.dtype) -> Iterator[Bank]:
 
 
 def observing_cases() -> Iterator[Case]:
+    """Two layers, the second of them narrow."""
     for dims, dtype in ((7, torch.float32), (520, torch.float64), (70, torch.float64)):
         for mean, count, classes, size, batch_mean in banks(dims, dtype):
-            var, updates = mean[0].exp(), torch.tensor(3.0, dtype=dtype)
-            batch = (classes, size, batch_mean, batch_mean.square() / 2)
-            yield "observe_classes", (mean, count, var, updates, *batch, 0.9, 1e-3)
-            yield "observe_classes", (mean, 0 * count, var, updates, *batch, 0.9, 1e-3)
+            means = [mean, mean[:, :3].clone()]
+            updates = [torch.tensor(3.0, dtype=dtype), torch.tensor(0.0, dtype=dtype)]
+            moments = torch.cat([batch_mean, 2 * batch_mean[:, :3]], 1)
+            batch = (classes, size, moments, moments.square() / 2)
+            for counts in ([count, count], [0 * count, count]):
+                var = [m[0].exp() for m in means]
+                yield "observe_classes", (means, counts, var, updates, *batch, 0.9, 1e-3)
 
 
 def following_cases() -> Iterator[Case]:
     for dims, dtype in ((7, torch.float32), (520, torch.float64)):
         for mean, count, classes, size, batch_mean in banks(dims, dtype):
             weight = torch.where(batch_mean.isfinite().all(1), size.clamp(min=0), 0)
-            yield "follow_classes", (mean, count, classes, weight, batch_mean, 0.9)
+            layers = [mean, mean[:, :3].clone()], [count, count + 1]
+            target = torch.cat([batch_mean, batch_mean[:, :3]], 1)
+            weights = torch.stack([weight, 2 * weight])
+            yield "follow_classes", (*layers, classes, weights, target, 0.9)
     # Before means of 4096 bytes there is a page that may not be touched.
     mean, count = random(4, 128), torch.ones(4, dtype=torch.float64)
     classes, weight = torch.tensor([2, -1]), torch.ones(2, dtype=torch.float64)
-    yield "follow_classes", (mean, count, classes, weight, mean[:2], 0.9)
+    yield "follow_classes", ([mean], [count], classes, weight[None], mean[:2], 0.9)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

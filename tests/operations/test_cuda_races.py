@@ -21,6 +21,7 @@ from cwbr_fused.operations.schema import SCHEMAS
 DEFECTS = find_defects()
 # A barrier of each file that has some, and an operation that passes it.
 RACES = {
+    "class_attraction.cuh": "class_attraction",
     "common.cuh": "plan",
     "confusion_weights.cuh": "confusion_weights",
     "follow_classes.cuh": "follow_classes",

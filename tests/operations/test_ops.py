@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from arguments import operation_arguments
-from kernel_inputs import written
+from kernel_inputs import flat, written
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,18 +34,24 @@ def test_moments_are_kept_for_the_gradient_on_a_gpu_alone(device: str, layers_ke
     assert [t.shape for t in mean] == [t.shape for t in var] == shapes
 
 
+def tensors(argument: Any) -> list[Tensor]:
+    return flat(argument) if isinstance(argument, (Tensor, list)) else []
+
+
 @pytest.mark.parametrize("name", schema.SCHEMAS)
 def test_operation_changes_what_its_schema_says_and_nothing_else(name: str) -> None:
     arguments, untouched = operation_arguments()[name], operation_arguments()[name]
-    versions = [a._version if isinstance(a, Tensor) else None for a in arguments]
+    versions = [[t._version for t in tensors(a)] for a in arguments]
     getattr(torch.ops.cwbr_fused, name)(*arguments)
-    for position, (now, before) in enumerate(zip(arguments, untouched, strict=True)):
-        if position in written(name):
-            assert not torch.equal(now, before)
-            assert now._version > versions[position]
-        else:
-            assert getattr(now, "_version", None) == versions[position]
-            torch.testing.assert_close(now, before, rtol=0, atol=0)
+    for position, (given, old) in enumerate(zip(arguments, untouched, strict=True)):
+        every = zip(tensors(given), tensors(old), versions[position], strict=True)
+        for now, before, version in every:
+            if position in written(name):
+                assert not torch.equal(now, before)
+                assert now._version > version
+            else:
+                assert now._version == version
+                torch.testing.assert_close(now, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in schema.SCHEMAS if written(name)])
@@ -57,7 +63,7 @@ def test_what_was_saved_before_it_was_written_cannot_be_differentiated(
         pytest.skip(reason)
     for position in written(name):
         arguments = operation_arguments(torch.float32)[name]
-        saved = arguments[position]
+        saved = tensors(arguments[position])[-1]
         loss = (torch.ones_like(saved, requires_grad=True) * saved).sum()
         getattr(autograd.OPERATIONS[backend], name)(*arguments)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
