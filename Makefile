@@ -6,7 +6,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o 
 READY := $(VENV)/.ready
 PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 120
 
-.PHONY: install test build-oldest test-oldest test-newest lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test build-oldest test-oldest test-newest test-arm lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
@@ -84,6 +84,11 @@ train: $(READY)
 # The CPU kernels alone, under the address, undefined-behaviour and thread sanitizers.
 sanitize:
 	$(MAKE) -C tests/cpp
+
+# The CPU kernels compiled for aarch64, against their definitions, emulated: needs g++-aarch64-linux-gnu
+# and qemu-user.
+test-arm:
+	$(MAKE) -C tests/cpp arm
 
 # The hostile tests on an extension built with the address and undefined-behaviour sanitizers: N new
 # examples per test, or with N=0 those of `make test`.
