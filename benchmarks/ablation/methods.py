@@ -34,11 +34,10 @@ class Balanced(Method):
     """The recommended form, as it comes."""
 
     push = 1.0
-    form: type[CWBR] = CWBR
 
     def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
         super().__init__(classes, widths)
-        self.regularizer = self.form(classes, push=self.push)
+        self.regularizer = CWBR(classes, push=self.push)
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         self.regularizer(features, logits, targets)
@@ -51,23 +50,6 @@ class Pull(Balanced):
     push = 0.0
 
 
-class RandomPartners(CWBR):
-    """Pushes from random classes, as strongly as from confused ones."""
-
-    def _coefficients(
-        self, backend: str, logits: Tensor, targets: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        index, coefficient, own = super()._coefficients(backend, logits, targets, seen)
-        others, _, _ = super()._coefficients(backend, torch.rand_like(logits), targets, seen)
-        return torch.where(index >= 0, others, -1), coefficient, own
-
-
-class RandomPush(Balanced):
-    """CWBR with random partners: does the confusion matter?"""
-
-    form = RandomPartners
-
-
 class Published(Method):
     """`cwbr_fused.loss` with `scale_match`."""
 
@@ -78,11 +60,11 @@ class Published(Method):
 class Centers(Method):
     """Center loss (Wen 2016) at the last layer, or at all: half the squared distance to the mean.
 
-    Features are divided by their standard deviation, so that one weight serves every layer.
+    Weight and pace are those of the paper.
     """
 
     everywhere = False
-    weight = 0.03
+    weight = 0.003
     pace = 0.5
 
     def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
@@ -93,7 +75,6 @@ class Centers(Method):
         names = list(features) if self.everywhere else list(features)[-1:]
         for name in names:
             z = to_vec(features[name])
-            z = z / z.detach().std(0).mean()
             difference = z - self.centers[name][targets]
             loss = loss + self.weight / len(names) * difference.square().sum(1).mean() / 2
             size = torch.bincount(targets, minlength=self.classes)[targets]
@@ -165,7 +146,6 @@ def _entries() -> Iterator[tuple[str, Entry]]:
     yield "alone", Entry(Method, "the base alone")
     yield "CWBR", Entry(Balanced, "the recommended form, as it comes")
     yield "pull", Entry(Pull, "CWBR(push=0)")
-    yield "random push", Entry(RandomPush, "CWBR, pushed from random classes instead")
     yield "published", Entry(Published, "cwbr_fused.loss with scale_match")
     yield "center loss", Entry(Centers, "center loss at the last layer", False)
     yield "centers everywhere", Entry(CentersEverywhere, "center loss at every layer", False)

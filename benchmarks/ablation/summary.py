@@ -248,10 +248,8 @@ def summarise(results: Results) -> None:
 def read() -> list[Row]:
     """The rows of ablation.csv."""
     with CSV.open(newline="") as file:
-        return [
-            Row(*cells[:4], int(cells[4]), *map(float, cells[5:]))
-            for cells in [*csv.reader(file)][1:]
-        ]
+        lines = list(csv.reader(file))[1:]
+    return [Row._make([*line[:4], int(line[4]), *map(float, line[5:])]) for line in lines]
 
 
 def publish(found: list[Row]) -> None:
