@@ -23,6 +23,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+# Where pictures and pages are found from wherever the README is shown.
+RAW = "https://raw.githubusercontent.com/cwbr-fused/cwbr_fused/main"
+PAGES = "https://github.com/cwbr-fused/cwbr_fused/blob/main"
 LABELS = {
     EAGER: "eager PyTorch",
     "eager compiled": "torch.compile",
@@ -124,8 +127,9 @@ def render(results: Path) -> str:
     written.write_text(report(numbers))
     folder = FOLDER.relative_to(ROOT)
     return (
-        f"![Time and memory of all pairs of K classes]({folder / drawn.name})\n\n"
-        f"{readme_table(numbers)}\n[All workloads, peers and numbers]({folder / written.name}).\n"
+        f"![Time and memory of all pairs of K classes]({RAW}/{folder / drawn.name})\n\n"
+        f"{readme_table(numbers)}\n"
+        f"[All workloads, peers and numbers]({PAGES}/{folder / written.name}).\n"
     )
 
 

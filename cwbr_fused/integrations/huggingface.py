@@ -1,24 +1,6 @@
-"""The regularizer in the Trainer of Hugging Face `transformers`.
+"""CWBR in the Trainer of Hugging Face `transformers`.
 
-```python
-import torch
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
-from cwbr_fused.integrations.huggingface import RegularizedTrainer
-
-config = ViTConfig(
-    hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
-    image_size=8, patch_size=4, num_labels=4,
-)
-images = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 4} for i in range(16)]
-trainer = RegularizedTrainer(
-    model=ViTForImageClassification(config),
-    args=TrainingArguments(output_dir="runs", max_steps=2, report_to=[], use_cpu=True),
-    train_dataset=images,
-    hidden_states=[-2, -1],
-    regularizer={"top_m": 64},
-)
-trainer.train()
-```
+    trainer = CWBRTrainer(model=model, args=args, train_dataset=dataset)
 
 Needs the package `transformers`.
 """
@@ -26,42 +8,84 @@ Needs the package `transformers`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
+from cwbr_fused.balanced.module import CWBR
+from cwbr_fused.inputs.features import FeatureCatcher
 from cwbr_fused.overlap.loss import loss, scale_match
 
-__all__ = ["RegularizedTrainer"]
+__all__ = ["CWBRTrainer"]
+
+FILE = "cwbr.pt"
 
 
-class RegularizedTrainer(Trainer):
-    """A Trainer whose training loss is `scale_match(ce, loss(hidden states, logits, labels))`.
+class _SaveBanks(TrainerCallback):
+    """Writes the class means into each checkpoint."""
 
-    The loss that the Trainer itself computes, label smoothing, `compute_loss_func` and the division
-    by `num_items_in_batch` included, is the cross-entropy here, and the regularizer follows its
-    scale. Evaluation and prediction are untouched: they report the plain loss.
+    def __init__(self, cwbr: CWBR) -> None:
+        self.cwbr = cwbr
 
-    The model must be a classifier that takes `output_hidden_states=True`. Hidden states are tokens
-    (B, N, D), of which the first counts, or maps (B, C, H, W), which are averaged.
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.cwbr.state_dict(), folder / FILE)
+
+
+class CWBRTrainer(Trainer):
+    """A Trainer that trains a classifier with `CWBR`.
+
+    The loss is what the Trainer computes, label smoothing and `compute_loss_func` included; CWBR
+    adds its gradient at the features. Evaluation and prediction are untouched. Each checkpoint
+    holds the class means in `cwbr.pt`, and `train(resume_from_checkpoint=...)` loads them.
 
     Args:
-        hidden_states: which of `outputs.hidden_states` to regularize, by index.
-        regularizer: keywords of `cwbr_fused.loss`, such as `{"top_m": 64}`.
-        args, kwargs: of `transformers.Trainer`.
+        layers: what `CWBR.catch` takes; None lets it choose.
+        form: "cwbr", or "published" for the published form, which lowers accuracy where it was
+            measured: the loss is then `scale_match(ce, cwbr_fused.loss(hidden states, ...))`.
+        options: keywords of `cwbr_fused.CWBR`, or of `cwbr_fused.loss` for the published form. With
+            several processes give `{"group": "world"}`.
+        hidden_states: of the published form only: which of `outputs.hidden_states`, by index.
+        args, kwargs: of `transformers.Trainer`. The model must return logits (B, C), with
+            C = `config.num_labels`.
+
+    Raises:
+        ValueError: `form` is unknown.
     """
 
     def __init__(
         self,
         *args: Any,
+        layers: Sequence[str] | None = None,
+        form: Literal["cwbr", "published"] = "cwbr",
+        options: Mapping[str, Any] | None = None,
         hidden_states: Sequence[int] = (-1,),
-        regularizer: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if form not in ("cwbr", "published"):
+            raise ValueError(f"form: expected 'cwbr' or 'published', got {form!r}")
         super().__init__(*args, **kwargs)
+        self.layers, self.form, self.options = layers, form, dict(options or {})
         self.hidden_states = tuple(hidden_states)
-        self.regularizer = dict(regularizer or {})
+        self._caught: tuple[nn.Module, FeatureCatcher] | None = None
+        if form == "cwbr":
+            self.cwbr = CWBR(self.model.config.num_labels, **self.options)
+            self.add_callback(_SaveBanks(self.cwbr))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`; resumes with the class means of the checkpoint."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and self.form == "cwbr":
+            state = torch.load(Path(folder) / FILE, map_location="cpu", weights_only=True)
+            self.cwbr.load_state_dict(state)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
@@ -70,22 +94,36 @@ class RegularizedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """See `transformers.Trainer.compute_loss`; regularized while the model trains.
+        """See `transformers.Trainer.compute_loss`; calls CWBR while the model trains.
 
         Raises:
-            ValueError: `inputs` has no "labels"; and as `cwbr_fused.loss`.
+            ValueError: `inputs` has no "labels"; and as `CWBR`.
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
             raise ValueError(f"inputs: expected 'labels', (B,) classes, got only {sorted(inputs)}")
         # The Trainer may take the labels out of the inputs that it is given.
-        targets = inputs["labels"]
-        ce, outputs = super().compute_loss(
-            model, {**inputs, "output_hidden_states": True}, True, num_items_in_batch
-        )
-        features = [outputs["hidden_states"][index] for index in self.hidden_states]
-        reg = loss(features, outputs["logits"], targets, **self.regularizer)
-        objective = self.regularizer.get("objective", "overlap")
-        total = scale_match(ce.mean(), reg, objective=objective)  # DataParallel: a loss per GPU
+        targets, given = inputs["labels"], dict(inputs)
+        if self.form == "published":
+            given["output_hidden_states"] = True
+        features = self._features(model)
+        total, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        if features is not None:
+            self.cwbr(features, outputs["logits"], targets)
+            features.clear()
+        else:
+            states = [outputs["hidden_states"][index] for index in self.hidden_states]
+            reg = loss(states, outputs["logits"], targets, **self.options)
+            objective = self.options.get("objective", "overlap")
+            total = scale_match(total.mean(), reg, objective=objective)  # DataParallel: many losses
         return (total, outputs) if return_outputs else total
+
+    def _features(self, model: nn.Module) -> FeatureCatcher | None:
+        """The catcher of the model that is trained now; `model_init` may have made a new one."""
+        if self.form == "published":
+            return None
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self._caught is None or self._caught[0] is not plain:
+            self._caught = plain, self.cwbr.catch(plain, self.layers)
+        return self._caught[1]

@@ -1,22 +1,6 @@
-"""The regularizer in the call form of PyTorch Metric Learning, `loss_func(embeddings, labels)`.
+"""CWBR in the call form of PyTorch Metric Learning, `loss_func(embeddings, labels)`.
 
-It goes beside that library's losses, alone or in its `MultipleLosses`:
-
-```python
-import torch
-from pytorch_metric_learning.losses import MultipleLosses, NormalizedSoftmaxLoss
-from cwbr_fused.integrations.metric_learning import ConfusionWeightedBhatLoss
-
-trunk = torch.nn.Linear(16, 8)
-softmax = NormalizedSoftmaxLoss(num_classes=5, embedding_size=8)
-loss_func = MultipleLosses([softmax, ConfusionWeightedBhatLoss(softmax)], weights=[1, 0.1])
-
-images, labels = torch.randn(12, 16), torch.arange(12) % 4
-loss_func(trunk(images), labels).backward()
-```
-
-`MultipleLosses` weights by constants; for the weight that needs no tuning add the two yourself:
-`scale_match(softmax(embeddings, labels), regularizer(embeddings, labels))`.
+    loss_func = MultipleLosses([softmax, CWBRLoss(softmax, num_classes=200)])
 
 Nothing of that library is imported here.
 """
@@ -24,20 +8,23 @@ Nothing of that library is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cwbr_fused.balanced.module import CWBR
 from cwbr_fused.inputs import validation
 from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 
+__all__ = ["CWBRLoss"]
 
-class ConfusionWeightedBhatLoss(nn.Module):
-    """`cwbr_fused.loss` of embeddings, called as `loss_func(embeddings, labels)`.
 
-    The logits, which say what pairs of classes are confused and carry no gradient, are those of
-    `classifier`, or the keyword `logits` of the call.
+class CWBRLoss(nn.Module):
+    """`CWBR` on embeddings, called as `loss_func(embeddings, labels)` beside another loss.
+
+    Its value is 0: it adds its gradient to that of the other losses at the embeddings, at its own
+    strength, whatever its weight in `MultipleLosses`. The class means are in its state_dict.
 
     Args:
         classifier: what gives (B, C) logits for (B, D) embeddings. A loss with `get_logits`, as
@@ -46,22 +33,38 @@ class ConfusionWeightedBhatLoss(nn.Module):
             passes `logits`. It is *not* registered as a submodule: its parameters belong to
             whoever owns it. It runs once more per call, without gradient; one that changes by
             being run, as BatchNorm and Dropout do, wants its logits passed instead.
-        options: keywords of `cwbr_fused.ConfusionWeightedBhatReg`: top_m, min_count, eps,
-            objective, backend, group.
+        num_classes: C.
+        form: "cwbr", or "published" for the published form, which lowers accuracy where it was
+            measured: the value is then that of `cwbr_fused.loss`.
+        options: keywords of `cwbr_fused.CWBR`, or of `cwbr_fused.ConfusionWeightedBhatReg`.
 
     Raises:
         TypeError: `classifier` is none of these, or an option has another name.
-        ValueError: an option out of range.
+        ValueError: an option out of range, or `form` is unknown.
     """
 
-    def __init__(self, classifier: Tensor | Callable[..., Any] | None = None, **options: Any):
+    def __init__(
+        self,
+        classifier: Tensor | Callable[..., Any] | None = None,
+        *,
+        num_classes: int,
+        form: Literal["cwbr", "published"] = "cwbr",
+        **options: Any,
+    ) -> None:
         super().__init__()
         if not (classifier is None or isinstance(classifier, Tensor) or callable(classifier)):
             raise TypeError(
                 "classifier: expected a (C, D) weight tensor, a callable or None, "
                 f"got {validation.describe(classifier)}"
             )
-        self.regularizer = ConfusionWeightedBhatReg(["embeddings"], **options)
+        if form not in ("cwbr", "published"):
+            raise ValueError(f"form: expected 'cwbr' or 'published', got {form!r}")
+        self.form, self.num_classes = form, num_classes
+        self.regularizer: nn.Module = (
+            CWBR(num_classes, **options)
+            if form == "cwbr"
+            else ConfusionWeightedBhatReg(["embeddings"], **options)
+        )
         # A tuple hides the classifier from nn.Module, which would list its parameters twice.
         self._classifier = (classifier,)
 
@@ -69,42 +72,48 @@ class ConfusionWeightedBhatLoss(nn.Module):
         self,
         embeddings: Tensor,
         labels: Tensor,
-        indices_tuple: object = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
         ref_emb: object = None,
         ref_labels: object = None,
         *,
         logits: Tensor | None = None,
     ) -> Tensor:
-        """The regularizer, a scalar; gradients flow to `embeddings`.
+        """Acts on the gradient at `embeddings`; returns 0, or the published regularizer.
 
         Args:
             embeddings: (B, D).
             labels: (B,) integer classes in [0, C), on any device.
-            indices_tuple, ref_emb, ref_labels: positions that the library passes; class statistics
-                know no mined pairs and no second set, so they must be None.
+            indices_tuple: of a miner: samples that it does not name are left out, unless it names
+                none, as in the library's own classification losses.
+            ref_emb, ref_labels: positions that the library passes; class statistics know no
+                second set, so they must be None.
             logits: (B, C), in place of the classifier's.
 
         Raises:
-            TypeError, ValueError: as `cwbr_fused.loss`; or neither `logits` nor a classifier, or
-                an argument that must be None.
+            TypeError, ValueError: as `CWBR`; or neither `logits` nor a classifier, or an argument
+                that must be None.
         """
-        unsupported = {"indices_tuple": indices_tuple, "ref_emb": ref_emb, "ref_labels": ref_labels}
-        for name, given in unsupported.items():
+        for name, given in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
             if given is not None:
-                raise ValueError(
-                    f"{name}: expected None, the regularizer does not support it, "
-                    f"got {validation.describe(given)}"
-                )
+                raise ValueError(f"{name}: expected None, got {validation.describe(given)}")
         validation.check_float_tensor("embeddings", embeddings, "(B, D)")
         batch = embeddings.shape[0]
         what = f"(B,) = ({batch},), as embeddings has B = {batch}"
         validation.check_index_tensor("labels", labels, batch, what)
         if logits is None:
             logits = self._logits(embeddings)
-        value: Tensor = self.regularizer(
-            {"embeddings": embeddings}, logits, labels.to(embeddings.device)
-        )
-        return value
+        targets = self._mined(labels.to(embeddings.device), indices_tuple)
+        value: Tensor = self.regularizer({"embeddings": embeddings}, logits, targets)
+        return value if self.form == "published" else embeddings.new_zeros(())
+
+    def _mined(self, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None) -> Tensor:
+        """The labels, or soft targets with rows of zeros for samples that a miner left out."""
+        if indices_tuple is None or all(len(indices) == 0 for indices in indices_tuple):
+            return labels
+        named = torch.zeros(len(labels), device=labels.device)
+        named[torch.cat(indices_tuple).to(labels.device)] = 1
+        one_hot = nn.functional.one_hot(labels.long(), self.num_classes)
+        return one_hot * named[:, None]
 
     @torch.no_grad()
     def _logits(self, embeddings: Tensor) -> Tensor:
