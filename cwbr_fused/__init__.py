@@ -1,11 +1,11 @@
 """Confusion-weighted Bhattacharyya regularization (CWBR) for fine-grained classification.
 
     cwbr = cwbr_fused.CWBR(num_classes)
-    features = cwbr.catch(model, ["layer2", "layer3", "layer4"])
+    features = cwbr.catch(model)
     for images, targets in loader:
         logits = model(images)
         loss = cross_entropy(logits, targets)
-        cwbr(features.feats, logits, targets)     # between forward and backward
+        cwbr(features, logits, targets)     # between forward and backward
         loss.backward()
 
 `CWBR` is the recommended form. `loss`, `scale_match` and `ConfusionWeightedBhatReg` compute the

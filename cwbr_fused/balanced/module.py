@@ -1,7 +1,7 @@
 """The recommended regularizer: pull to the own class, push from confused ones, in balance.
 
     cwbr = CWBR(num_classes)
-    features = cwbr.catch(model, ["layer3", "layer4"])
+    features = cwbr.catch(model)
     ...
     logits = model(images)
     ce = cross_entropy(logits, targets)
@@ -157,7 +157,8 @@ class CWBR(nn.Module):
 
         Returns:
             The mean of E / D over samples and layers, a scalar without gradient; 0 while no class
-            has been seen before.
+            has been seen before. Distances are in units of the shared variance, so it is near 1/2
+            where no class is confused, and falls as confused classes come to lie farther away.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -228,9 +229,10 @@ class CWBR(nn.Module):
             By layer: "ce_norm", the length of the loss's gradient at the feature; "reg_norm", that
             of what was added; "cosine" between the two, measured in the first two of every 16
             backward passes; "accuracy" of the nearest class mean at the layer, and the "trust" that
-            follows, see `trust.strength`. A trust that stays near 0 says that the images of a class
-            differ too much there for a pull to its mean. Layers that no gradient reached are
-            absent.
+            follows, see `trust.strength`: "reg_norm" is `ratio * trust * ce_norm`. A trust that
+            stays near 0 means that CWBR does next to nothing at that layer. Usual are an accuracy
+            that rises from the first to the last layer and a cosine that is not far below 0.
+            Layers that no gradient reached are absent.
         """
         numbers = {name: record.numbers() for name, record in self._records.items()}
         return {name: n for name, n in numbers.items() if n}

@@ -21,8 +21,9 @@ class FeatureCatcher:
         catcher.add(model.layer2, "layer2")                      # module by module
         for images, targets in loader:
             logits = model(images)
-            ce = cross_entropy(logits, targets)
-            scale_match(ce, loss(catcher.feats, logits, targets)).backward()
+            loss = cross_entropy(logits, targets)
+            cwbr(catcher, logits, targets)  # a `CWBR`, whose own `catch` also serves compiled models
+            loss.backward()
             catcher.clear()
 
     A catcher is a context manager: leaving the block, also by an exception, removes the hooks. A
@@ -46,11 +47,9 @@ class FeatureCatcher:
     With `torch.compile`, add the layers *before the compiled model is first called*. The hooks are
     then part of its graph, also with `fullgraph=True`. A layer that is added later is missing until
     `torch.compiler.reset()` makes the model compile again, because Dynamo has no guard on hooks
-    where there were none. Explicit features need no hooks: return them from `forward`, or with timm
-
-        tokens, features = model.forward_intermediates(images, indices=3)
-        logits = model.forward_head(tokens)
-        reg = loss(features, logits, targets)
+    where there were none. Features that `forward` returns need no hooks. Those of timm's
+    `forward_intermediates` are copies on ViT and Swin, where `CWBR` has no effect on them and says
+    so; catch the layers there.
 
     Args:
         model: where to look `layers` up.
