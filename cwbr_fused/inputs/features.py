@@ -22,7 +22,7 @@ class FeatureCatcher:
         for images, targets in loader:
             logits = model(images)
             loss = cross_entropy(logits, targets)
-            cwbr(catcher, logits, targets)  # a `CWBR`, whose own `catch` also serves compiled models
+            cwbr(catcher, logits, targets)  # cwbr.catch(model) serves compiled models, too
             loss.backward()
             catcher.clear()
 
