@@ -6,7 +6,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o 
 READY := $(VENV)/.ready
 PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 120
 
-.PHONY: install test build-oldest test-oldest test-newest test-arm lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test ptx build-oldest test-oldest test-newest test-arm lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
@@ -29,6 +29,11 @@ test test-oldest test-newest soak: export OMP_WAIT_POLICY := passive
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	$(PY) $(PYTEST)
+
+# Every Triton operation compiled and executed on the CPU; `make test` runs the part that finds most.
+ptx: $(READY)
+	PYTHONPATH=.:tests/ptx $(PY) -m pytest -n auto --maxprocesses 4 -p plugin \
+		tests/ptx/compiled_operations.py
 
 # The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
 # Python that is found, or of requirements-newest.txt and the newest. The oldest builds the kernels

@@ -21,6 +21,7 @@ from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap.loss import loss, scale_match
 from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 from cwbr_fused.overlap.sampling import PKSampler
+from cwbr_fused.warming import warm_up
 
 __version__ = "0.1.0"
 
@@ -36,4 +37,5 @@ __all__ = [
     "reference",
     "scale_match",
     "to_vec",
+    "warm_up",
 ]

@@ -16,7 +16,7 @@ PACKAGE = CHECKOUT / "cwbr_fused"
 KERNELS = CHECKOUT / "triton_kernels"
 # A room imports rooms of lower floors only, and is free within itself.
 FLOORS = (
-    {"diagnostics", "info", "integrations"},
+    {"diagnostics", "info", "integrations", "warming"},
     {"balanced", "overlap"},
     {"inputs"},
     {"operations"},

@@ -140,6 +140,7 @@ def launch_moments(
     """Moments of all layers in one launch; `counter` (1,) int32 is 0 after it."""
     groups = offsets.shape[0] - 1
     features = [with_unit_stride(z) for z in features]
+    order, offsets = order.contiguous(), offsets.contiguous()
     widths = [z.shape[1] for z in features]
     mean, var = (
         [scratch(z, groups, z.shape[1], dtype=accumulation_dtype(z.dtype)) for z in features]
@@ -190,8 +191,8 @@ def class_moments_backward(
         mean.contiguous(),
         var.contiguous(),
         grad_z,
-        order,
-        offsets,
+        order.contiguous(),
+        offsets.contiguous(),
         groups,
         batch,
         EPS=eps,

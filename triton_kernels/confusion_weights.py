@@ -88,7 +88,7 @@ def _symmetrise_kernel(mean_probs, classes, groups, alpha, TILE: tl.constexpr):
 
 
 def launch_mean_probs(logits: Tensor, order: Tensor, offsets: Tensor, classes: Tensor) -> Tensor:
-    """P (K, K); rows of empty groups are not written."""
+    """P (K, K) for contiguous classes; rows of empty groups are not written."""
     groups, n_classes = classes.shape[0], logits.shape[1]
     logits = with_unit_stride(logits)
     mean_probs = scratch(logits, groups, groups, dtype=accumulation_dtype(logits.dtype))
@@ -98,8 +98,8 @@ def launch_mean_probs(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
         logits,
         logits.stride(0),
         n_classes,
-        order,
-        offsets,
+        order.contiguous(),
+        offsets.contiguous(),
         classes,
         groups,
         mean_probs,
@@ -111,6 +111,7 @@ def launch_mean_probs(logits: Tensor, order: Tensor, offsets: Tensor, classes: T
 
 def confusion_weights(logits: Tensor, order: Tensor, offsets: Tensor, classes: Tensor) -> Tensor:
     """Confusion weights alpha (K, K) of logits (B, C)."""
+    classes = classes.contiguous()
     mean_probs = launch_mean_probs(logits, order, offsets, classes)
     alpha = scratch(mean_probs, *mean_probs.shape)
     groups = classes.shape[0]

@@ -58,7 +58,10 @@ def _visit_block(
     """
     at = tl.minimum(first_j, groups - 1).to(tl.int64)[:, None] * dims + read_d
     mean_at, var_at = mean + at, var + at
-    mean_sum = sums + first_j.to(tl.int64)[:, None] * width + d
+    # Sums that are not stored are not loaded from where another warp may store its own: the last
+    # rows are nobody's.
+    rows_j = tl.where(counts_for_j, first_j.to(tl.int64)[:, None] * width, plane - ROWS * width)
+    mean_sum = sums + rows_j + d
     log_sum = mean_sum + plane
     weight_at = grad + first_j.to(tl.int64)[None, :] * pitch + i
     for row in range(ROWS):
@@ -107,8 +110,9 @@ def _pairs_backward_kernel(
 ):
     """Program (block of dimensions, share of the turns): its copy of the sums.
 
-    A copy has, `plane` elements apart, the sums of 8 G t and of G (r (u_i - u_j) - u_i t^2). Each
-    warp has a block of rows; between turns, which may write to the same rows, all wait.
+    A copy has, `plane` elements apart, the sums of 8 G t and of G (r (u_i - u_j) - u_i t^2), and at
+    the end of both a block of rows that no sum belongs to. Each warp has a block of rows; between
+    turns, which may write to the same rows, all wait.
     """
     # Were adjacent dimensions known to be adjacent in memory, Triton would give a lane four of
     # them and spread the rows over lanes, which then had to exchange their sums.
@@ -162,8 +166,10 @@ def _pairs_backward_kernel(
             tl.debug_barrier()
         here = sums + i.to(tl.int64)[:, :, None] * width + d
         by_log = by_excess - q_i / 8 * by_square
-        tl.store(here, tl.load(here) + by_mean, mask=mine[None, :, None])
-        tl.store(here + plane, tl.load(here + plane) + by_log, mask=mine[None, :, None])
+        there = mine[None, :, None]
+        tl.store(here, tl.load(here, mask=there, other=0) + by_mean, mask=there)
+        by_log += tl.load(here + plane, mask=there, other=0)
+        tl.store(here + plane, by_log, mask=there)
         tl.debug_barrier()
 
 
@@ -224,7 +230,7 @@ def _launch_pairs_backward(
     groups, dims = mean.shape
     blocks = triton.cdiv(groups, options["ROWS"])
     dim_blocks = triton.cdiv(dims, options["BLOCK"])
-    rows, width = blocks * options["ROWS"], dim_blocks * options["BLOCK"]
+    rows, width = (blocks + 1) * options["ROWS"], dim_blocks * options["BLOCK"]
     number = tuning.copies(blocks, dim_blocks, options["num_warps"], tuning.processors(mean.device))
     copies = scratch(mean, number, 2, rows, width)
     launch(

@@ -233,6 +233,7 @@ def regularizer(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Value, mean (K, D_l) and var (K, D_l) of each layer, and distance (L, M)."""
     n_layers, n_pairs = len(features), pairs.shape[0]
+    pairs, weights = pairs.contiguous(), weights.contiguous()
     counter = scratch(weights, 1, dtype=torch.int32)
     mean, var = launch_moments(features, order, offsets, eps, counter)
     distance = scratch(weights, n_layers, n_pairs)
@@ -277,6 +278,7 @@ def regularizer_backward(
     groups, n_pairs, n_layers = offsets.shape[0] - 1, pairs.shape[0], len(features)
     if n_pairs == 0:
         return [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in features]
+    order, offsets, pairs = order.contiguous(), offsets.contiguous(), pairs.contiguous()
     grad_distance = scratch(distance, n_layers, n_pairs)
     starts, entries = pair_lists(pairs, groups)
     launch(
@@ -287,8 +289,8 @@ def regularizer_backward(
         groups,
         pairs,
         n_pairs,
-        weights,
-        distance,
+        weights.contiguous(),
+        distance.contiguous(),
         grad_distance,
         starts,
         entries,
@@ -300,7 +302,7 @@ def regularizer_backward(
     features = [with_unit_stride(z) for z in features]
     gradients = [scratch(z, *z.shape) for z in features]
     layers = tuple(
-        (z, z.stride(0), z.shape[1], m, v, g)
+        (z, z.stride(0), z.shape[1], m.contiguous(), v.contiguous(), g)
         for z, m, v, g in zip(features, mean, var, gradients, strict=True)
     )
     widest = max(z.shape[1] for z in features)

@@ -1,7 +1,7 @@
 """Compiles every Triton operation for devices that are not there, at sizes where that may fail.
 
 python tests/ptx/compile_operations.py --arch sm_90 --settings "one pair" prints a line of JSON for
-each kernel compiled. The Triton first on PYTHONPATH compiles; `make compile-matrix` tries them all.
+each kernel compiled. Another Triton compiles where it is first on PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -1,0 +1,176 @@
+"""Every operation of the Triton backend as compiled code, executed on the CPU.
+
+Against float64 truth, at sizes where kernels go wrong, on tensors that lie anywhere, with threads
+in any order; and what leaving out a barrier does. `test_compiled.py` starts the tests that are not
+marked `whole`, `make ptx` all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import barriers
+import machine
+import plugin
+import pytest
+import torch
+from arguments import SETTINGS, operation_arguments
+from emulation.checks import doubles, pure_pytorch
+from kernel_inputs import assert_near, outcome, written
+from torch import Tensor
+
+import cwbr_fused
+from cwbr_fused import warming
+from cwbr_fused.operations import backends, extension, schema
+
+TRITON = extension.triton_kernels()
+HALVES = (torch.float16, torch.bfloat16)
+ODD = "odd"
+OFTEN = [
+    *((setting, torch.float32) for setting in (ODD, "multiples of 16", "all one")),
+    (ODD, torch.float64),
+    (ODD, torch.bfloat16),
+]
+SELDOM = [
+    *((setting, torch.float32) for setting in SETTINGS),
+    *((s, d) for s in (ODD, "multiples of 16") for d in (torch.float64, *HALVES)),
+    ("all one", torch.float64),
+    ("all one", torch.bfloat16),
+]
+
+
+def whole(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.whole)
+
+
+@pytest.fixture(autouse=True)
+def default_conditions() -> None:
+    plugin.conditions.seed = 0
+    plugin.conditions.scattered = False
+
+
+def results(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
+    return outcome(getattr(TRITON, name), name, arguments)
+
+
+def assert_true(name: str, arguments: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+    """The operation on `given` equals float64's on `arguments`."""
+    truth = outcome(pure_pytorch(name), name, doubles(arguments))
+    for actual, expected in zip(results(name, given), truth, strict=True):
+        if actual.is_floating_point():
+            # Some results are the least normal number, which is another one in float64.
+            least = torch.finfo(actual.dtype).tiny
+            near_zero = [x.abs() <= least for x in (actual, expected)]
+            assert_near(
+                actual.masked_fill(near_zero[0], 0), expected.masked_fill(near_zero[1], 0), scale=10
+            )
+        else:
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [*OFTEN, *(whole(*case) for case in SELDOM if case not in OFTEN)], ids=str
+)
+@pytest.mark.parametrize("name", schema.SCHEMAS)
+def test_operation_equals_float64_truth(name: str, setting: str, dtype: torch.dtype) -> None:
+    arguments = operation_arguments(dtype, "triton", SETTINGS[setting])[name]
+    assert_true(name, arguments, arguments)
+
+
+def offset(x: Tensor) -> Tensor:
+    """A copy one element behind the beginning of its memory, before which there is another."""
+    memory = torch.zeros(x.numel() + 2, dtype=x.dtype)
+    return memory[1:-1].copy_(x.reshape(-1)).view(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    """A copy of which adjacent elements are two apart."""
+    memory = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    return memory[..., ::2].copy_(x)
+
+
+@pytest.mark.parametrize("setting", [ODD, whole("multiples of 16")])
+@pytest.mark.parametrize("lay", [offset, strided])
+@pytest.mark.parametrize("name", schema.SCHEMAS)
+def test_tensors_may_lie_anywhere(name: str, lay: Any, setting: str) -> None:
+    arguments = operation_arguments(torch.float32, "triton", SETTINGS[setting])[name]
+
+    def moved(position: int) -> Any:
+        how = offset if position in written(name) else lay
+        return torch.utils._pytree.tree_map_only(
+            Tensor, lambda x: how(x) if x.dim() else x, arguments[position]
+        )
+
+    assert_true(name, arguments, tuple(moved(i) for i in range(len(arguments))))
+
+
+@pytest.mark.parametrize("name", schema.SCHEMAS)
+def test_results_have_the_same_bits_in_any_order_of_threads_and_blocks(name: str) -> None:
+    arguments = operation_arguments(torch.float32, "triton")[name]
+    expected = results(name, arguments)
+    for seed, scattered in ((1000, False), (2000, False), (3000, True)):
+        plugin.conditions.seed, plugin.conditions.scattered = seed, scattered
+        for actual, wanted in zip(results(name, arguments), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def is_noticed(name: str, arguments: tuple[Any, ...], expected: list[Tensor]) -> bool:
+    try:
+        actual = results(name, arguments)
+    except machine.KernelError:
+        return True
+    pairs = zip(actual, expected, strict=True)
+    return not all(torch.equal(a.nan_to_num(), e.nan_to_num()) for a, e in pairs)
+
+
+# How many barriers of a kernel may be left out unnoticed at odd sizes, and what is special there. A
+# reduction in a loop waits for that of the previous turn, and most loops take one turn.
+UNNEEDED = {
+    "_rank_kernel": 2,  # after the assertion, before which nothing is stored; 128 samples a turn
+    "_layout_kernel": 1,  # 1024 samples a turn
+    "_mean_probs_kernel": 2,  # 64 columns, and a tile of a group's samples, a turn
+    "_symmetrise_kernel": 1,  # a thread stores where it alone has loaded, at the same addresses
+    "_top_pairs_kernel": 3,  # 4096 candidates a turn
+    "_list_kernel": 1,  # 1024 ends of pairs a turn
+    "_prepare_backward_kernel": 1,  # the same
+    "_pairs_backward_kernel": 3,  # one block of rows, so that no warp reads what another stores
+    "_overlap_kernel": 1,  # one program, which has nobody to wait for
+    "_class_attraction_kernel": 1,  # all dimensions in one turn
+}
+
+
+def test_every_barrier_left_out_is_noticed_or_named() -> None:
+    """Each barrier of the compiled code in turn that its own code does not show to be idle."""
+    noticed: dict[tuple[tuple[str, str], int], bool] = {}
+    for name, arguments in operation_arguments(torch.float32, "triton").items():
+        plugin.programs.clear()
+        expected = results(name, arguments)
+        for key, compiled in dict(plugin.programs).items():
+            for index in barriers.executed(compiled):
+                if noticed.get((key, index)) or barriers.orders_nothing(compiled, index):
+                    continue
+                plugin.substitutes[key] = machine.without(compiled, index)
+                noticed[key, index] = is_noticed(name, arguments, expected)
+                del plugin.substitutes[key]
+    assert any(noticed.values())
+    left = sorted(barrier for barrier, was in noticed.items() if not was)
+    counts = Counter(program for program, _ in left)
+    assert [key for key, n in counts.items() if n > UNNEEDED.get(key[0], 0)] == [], left
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_step_of_another_batch_compiles_nothing_after_warm_up(
+    published: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_triton_rejection", lambda device_type: None)
+    plugin.programs.clear()
+    sizes = {"num_classes": 9, "widths": [7, 4]}
+    how = {"device": "cpu", "backend": "triton", "published": published}
+    cwbr_fused.warm_up(**sizes, **how)
+    compiled = set(plugin.programs)
+    assert compiled
+    for batch in (1, 23, 32):
+        monkeypatch.setattr(warming, "BATCH", batch)
+        cwbr_fused.warm_up(**sizes, **how)
+    assert set(plugin.programs) == compiled
