@@ -71,7 +71,7 @@ class Balance:
         """The length of the gradient over all processes."""
         r, part = self.pull
         dtype = accumulation_dtype(incoming.dtype)
-        length = torch.linalg.vector_norm(incoming, dtype=dtype)
+        length: Tensor = torch.linalg.vector_norm(incoming, dtype=dtype)
         if not self.measures_cosine:
             if self.group is not None:
                 length = all_reduce(length.square(), self.group).sqrt()

@@ -352,7 +352,8 @@ def _over_samples(numbers: Tensor, targets: Targets, processes: ProcessGroup | N
     """From the numbers (4, L, B) of this process."""
     batch = numbers.shape[2]
     if targets.shares is None and processes is None and batch > 0:
-        return Means(*numbers.mean(2)[1:], samples=batch)
+        _, accuracy, fitted, squares = numbers.mean(2)
+        return Means(accuracy, fitted, squares, samples=batch)
     sums = numbers.sum(2)
     labelled = torch.ones_like(numbers[0, :1])
     if targets.shares is not None:

@@ -79,10 +79,16 @@ class Together:
             unit = var.new_ones(len(mean))
         else:
             classes, size, *of_batch = moments
-            var, updates = [b.var for b in self.banks], [b.updates for b in self.banks]
             settings = VARIANCE_MOMENTUM, VARIANCE_FLOOR
             moves, var, unit = operations.observe_classes(
-                mean, count, var, updates, classes, size.to(mean[0].dtype), *of_batch, *settings
+                mean,
+                count,
+                [b.var for b in self.banks],
+                [b.updates for b in self.banks],
+                classes,
+                size.to(mean[0].dtype),
+                *of_batch,
+                *settings,
             )
         acting = acting.to(mean[0].dtype)
         pull, numbers = operations.class_attraction(self.z, mean, var, unit, *acting, push)
@@ -97,7 +103,8 @@ class Together:
             # Views side by side: one launch, where a product for each layer would be several.
             parts = zip(factor.unbind(), widths, strict=True)
             matrix = matrix * torch.cat([f.expand(width) for f, width in parts])
-        return matrix.split(widths, 1)
+        columns: tuple[Tensor, ...] = matrix.split(widths, 1)
+        return columns
 
 
 def grouped(banks: Mapping[str, ClassBank], vectors: Mapping[str, Tensor]) -> list[Together]:

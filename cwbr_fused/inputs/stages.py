@@ -178,7 +178,7 @@ def _has_stride(module: nn.Module) -> bool:
     if not strided and "Pool" not in type(module).__name__:
         return False
     stride = getattr(module, "stride", 1)
-    return max(stride if isinstance(stride, tuple) else (stride,)) > 1
+    return bool(max(stride if isinstance(stride, tuple) else (stride,)) > 1)
 
 
 def _never_runs(module: nn.Module) -> bool:

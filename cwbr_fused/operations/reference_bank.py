@@ -141,7 +141,8 @@ def _known(labels: Tensor, seen: Tensor) -> Tensor:
 
 def _side_by_side(matrix: Tensor, mean: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The columns of each layer in a matrix that has all of them."""
-    return matrix.split([m.shape[1] for m in mean], -1)
+    parts: tuple[Tensor, ...] = matrix.split([m.shape[1] for m in mean], -1)
+    return parts
 
 
 def floored(var: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -186,10 +187,10 @@ def observe_classes(
         metric: (D,) the variances with a floor, 1 while there are none.
         unit: (L,) the root of each layer's mean variance, 1 while there is none.
     """
-    of_batch = zip(_side_by_side(batch_mean, mean), _side_by_side(batch_var, mean), strict=True)
+    of_batch = _side_by_side(batch_mean, mean), _side_by_side(batch_var, mean)
     results = [
-        _observe_layer(*layer, classes, size, *moments, momentum, floor)
-        for *layer, moments in zip(mean, count, var, updates, of_batch, strict=True)
+        _observe_layer(m, c, v, u, classes, size, of_mean, of_var, momentum, floor)
+        for m, c, v, u, of_mean, of_var in zip(mean, count, var, updates, *of_batch, strict=True)
     ]
     weight, metric, unit = zip(*results, strict=True)
     return torch.stack(weight), torch.cat(metric), torch.stack(unit)
