@@ -74,10 +74,13 @@ class CWBRTrainer(Trainer):
         self.hidden_states = tuple(hidden_states)
         self._caught: tuple[nn.Module, FeatureCatcher] | None = None
         if form == "cwbr":
-            self.cwbr = CWBR(self.model.config.num_labels, **self.options)
+            config: Any = getattr(self.model, "config", None)
+            self.cwbr = CWBR(config.num_labels, **self.options)
             self.add_callback(_SaveBanks(self.cwbr))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """See `transformers.Trainer.train`; resumes with the class means of the checkpoint."""
         folder = resume_from_checkpoint
         if folder is True:
@@ -85,7 +88,7 @@ class CWBRTrainer(Trainer):
         if folder and self.form == "cwbr":
             state = torch.load(Path(folder) / FILE, map_location="cpu", weights_only=True)
             self.cwbr.load_state_dict(state)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class Setting:
     layers: tuple[str, ...]
     pool: Callable[[Tensor], Tensor]
     top_m: int | None
-    backend: str
+    backend: Literal["auto", "cpu", "cuda", "triton", "reference"]
     shared: bool = False
 
 
@@ -94,7 +94,7 @@ class Published(Method):
 
     columns = ("regularizer", "scale")
 
-    def __init__(self, setting: Setting, objective: str) -> None:
+    def __init__(self, setting: Setting, objective: Literal["overlap", "log_overlap"]) -> None:
         super().__init__()
         self.objective, self.pool = objective, setting.pool
         self.regularizer = cwbr_fused.ConfusionWeightedBhatReg(
