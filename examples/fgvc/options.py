@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 CONFIG = "config.json"
 # These may change when a run is resumed; they do not change its numbers.
@@ -53,7 +54,7 @@ class Options:
     ema: float | None
     amp: str
     top_m: int
-    backend: str
+    backend: Literal["auto", "cpu", "cuda", "triton", "reference"]
     seed: int
     seeds: int
     log_every: int
