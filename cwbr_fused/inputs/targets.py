@@ -39,7 +39,7 @@ def read_targets(logits: Tensor, targets: Tensor) -> Targets:
         validation.check_soft_batch(logits, targets)
         return read_soft(targets)
     validation.check_batch(logits, targets)
-    return Targets(targets.long()[:, None], None)
+    return Targets(targets.long().unsqueeze(1), None)
 
 
 def read_soft(targets: Tensor) -> Targets:

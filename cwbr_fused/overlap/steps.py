@@ -103,7 +103,7 @@ def statistics_of(
         moments = membership.class_moments(vectors, members, eps, backend)
         return Statistics(members.counts, alpha, moments)
     operations = OPERATIONS[backend]
-    order, offsets, classes = operations.group_by_class(targets.labels[:, 0], min_count)
+    order, offsets, classes = operations.group_by_class(targets.labels.select(1, 0), min_count)
     alpha = operations.confusion_weights(logits.detach(), order, offsets, classes).to(dtype)
     moments = [class_moments(z, order, offsets, eps, backend) for z in vectors]
     return Statistics(offsets.diff(), alpha, moments)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cwbr_fused
 from cwbr_fused import CWBR, ConfusionWeightedBhatReg, FeatureCatcher, PKSampler, backends
-from cwbr_fused.integrations.metric_learning import ConfusionWeightedBhatLoss
+from cwbr_fused.integrations.metric_learning import CWBRLoss
 
 BACKENDS = [
     name
@@ -166,7 +166,7 @@ class Model(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
         self.regularizer = ConfusionWeightedBhatReg(["body"], top_m=3, objective="log_overlap")
-        self.metric = ConfusionWeightedBhatLoss(self.head, top_m=2)
+        self.metric = CWBRLoss(self.head, num_classes=4, form="published", top_m=2)
         self.catcher = FeatureCatcher(self, ["body"])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_autotuning_is_opt_in_takes_the_fastest_and_remembers_it(
     candidates = tuning.all_pairs(torch.empty(100, 20))
 
     def choose() -> Any:
-        return tuning.choose("all pairs", (100, 20), candidates, lambda options: options)
+        return tuning.choose("all pairs", torch.empty(100, 20), candidates, lambda options: options)
 
     assert choose() is candidates[0]
     assert timed == []

@@ -57,7 +57,7 @@ STEPS = {"loss": loss_step, "overlap": overlap_step}
 
 def extra_bytes(step: str, *sizes: int) -> int:
     """Peak extra memory of a step of these sizes, in a process that runs nothing else."""
-    extra = in_fresh_process("tests.test_memory", step, *map(str, sizes), timeout=120)
+    extra = in_fresh_process("tests.overlap.test_memory", step, *map(str, sizes), timeout=120)
     assert isinstance(extra, int)
     return extra
 

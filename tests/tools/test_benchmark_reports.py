@@ -85,7 +85,7 @@ def test_each_kind_of_machine_has_a_report_and_the_readme_shows_the_chosen_one(
     tmp_path: Path,
 ) -> None:
     for name, milliseconds in (("cpu-a", 10.0), ("cpu-b", 20.0)):
-        own = row("pairs K=1000 D=768", "cwbr cpu", median=milliseconds)
+        own = row("pairs K=1000 D=2048", "cwbr cpu", median=milliseconds)
         Results(tmp_path / f"{name}.csv", "abc").add([own])
     files = [str(path) for path in sorted(tmp_path.glob("*.csv"))]
     readme = tmp_path / "README.md"
@@ -93,10 +93,10 @@ def test_each_kind_of_machine_has_a_report_and_the_readme_shows_the_chosen_one(
     for arguments, name, shown in (([], "cpu-a", "10.0 ms"), (["--shown", "cpu-b"], "cpu-b", "20")):
         plots.main([*files, *arguments, "--readme", str(readme)])
         text = readme.read_text()
-        assert f"(benchmarks/results/{name}.png)" in text
-        assert f"(benchmarks/results/{name}.md)" in text
+        assert f"/benchmarks/results/{name}.png)" in text
+        assert f"/benchmarks/results/{name}.md)" in text
         assert shown in text
-        assert "| all pairs of K=1000, D=768 |" in text
+        assert "| all pairs of K=1000, D=2048 |" in text
         assert text.endswith("<!-- table:end -->\nafter\n")
     assert "10.0 ms" in (tmp_path / "cpu-a.md").read_text()
     assert "20.0 ms" in (tmp_path / "cpu-b.md").read_text()

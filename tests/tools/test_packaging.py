@@ -118,7 +118,7 @@ def test_wheel_holds_every_module_and_no_source_of_kernels(source: Path) -> None
     expected = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "cwbr_fused").rglob("*.py")}
     kernels = (CHECKOUT / "triton_kernels").glob("*.py")
     expected |= {f"cwbr_fused/triton_kernels/{path.name}" for path in kernels}
-    expected.add("cwbr_fused/py.typed")
+    expected |= {"cwbr_fused/py.typed", "cwbr_fused/diagnostics/page.html"}
     assert {n for n in names_in(wheel) if not n.split("/")[0].endswith(".dist-info")} == expected
 
 
