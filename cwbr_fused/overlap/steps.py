@@ -75,7 +75,7 @@ def regularizer(
     whole = targets.shares is None and processes is None
     if whole and options.top_m is not None and not options.adjusted and backend != PLAIN:
         order, offsets, _, pairs, weights = OPERATIONS[backend].plan(
-            logits.detach(), targets.labels[:, 0], options.top_m, options.min_count
+            logits.detach(), targets.labels.select(1, 0), options.top_m, options.min_count
         )
         weights = weights.to(accumulation_dtype(vectors[0].dtype))
         value: Tensor = Regularizer.apply(

@@ -178,18 +178,15 @@ class Model(nn.Module):
 
 
 def copies(model: Model) -> list[Model]:
-    """By deepcopy, pickle and torch.save; each with hooks of its own, which are not copied."""
+    """By deepcopy, pickle and torch.save; each with hooks of its own."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    made = [
+    return [
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
         torch.load(file, weights_only=False),
     ]
-    for twin in made:
-        twin.catcher.add_by_name(twin, "body")
-    return made
 
 
 def test_copies_of_a_model_regularize_alike_and_apart() -> None:
@@ -214,8 +211,9 @@ def test_modules_add_nothing_to_the_state_dict() -> None:
 def test_a_copied_sampler_goes_on_alike() -> None:
     sampler = PKSampler([0, 0, 1, 1, 2, 2, 2] * 3, 2, 2, seed=5)
     sampler.set_epoch(3)
-    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
-        assert list(twin) == list(sampler)
+    twins = copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))
+    expected = list(sampler)
+    assert all(list(twin) == expected for twin in twins)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
