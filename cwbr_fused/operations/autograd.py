@@ -77,6 +77,7 @@ def class_moments(
 
 
 def pair_distance(mean: Tensor, var: Tensor, pairs: Tensor, eps: float, backend: str) -> Tensor:
+    """Of these pairs of classes, (P,): `reference.pair_distance` on that backend."""
     if backend == PLAIN:
         return reference.pair_distance(mean, var, pairs, eps)
     distance: Tensor = PairDistance.apply(mean, var, pairs, eps, backend)
@@ -84,6 +85,7 @@ def pair_distance(mean: Tensor, var: Tensor, pairs: Tensor, eps: float, backend:
 
 
 def all_pair_distance(mean: Tensor, var: Tensor, eps: float, backend: str) -> Tensor:
+    """Of all pairs of classes, (K, K): `reference.all_pair_distance` on that backend."""
     if backend == PLAIN:
         return reference.all_pair_distance(mean, var, eps)
     distance: Tensor = AllPairDistance.apply(mean, var, eps, backend)

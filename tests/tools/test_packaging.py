@@ -147,7 +147,7 @@ def test_install_without_kernels_works_from_anywhere(
     output = run([python, "-c", TRY_IT, "cwbr_fused.triton_kernels"], tmp_path)
     place, *explanation = output.splitlines()
     assert Path(place).is_relative_to(source if editable else python.parent.parent)
-    assert any("was not built" in line for line in explanation if line.startswith("cpu"))
+    assert any("were not built" in line for line in explanation if line.startswith("cpu"))
     assert any("chosen" in line for line in explanation if line.startswith("reference"))
 
 
@@ -156,7 +156,7 @@ def test_auto_without_a_compiler_warns_once_and_installs_a_working_package(
 ) -> None:
     log = install(python, [source], tmp_path, CWBR_BUILD=None, **no_compiler(tmp_path))
     assert log.count("cwbr_fused is installed without compiled kernels") == 1
-    assert "was not built" in run([python, "-c", TRY_IT], tmp_path)
+    assert "were not built" in run([python, "-c", TRY_IT], tmp_path)
 
 
 def test_an_explicit_mode_without_a_compiler_fails(source: Path, tmp_path: Path) -> None:
