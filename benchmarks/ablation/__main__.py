@@ -18,33 +18,24 @@ from pathlib import Path
 
 from benchmarks.ablation import cost
 from benchmarks.ablation.bases import BASES
+from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS
-from benchmarks.ablation.summary import Job, load, publish, read, summarise
+from benchmarks.ablation.summary import Job, load, publish, read, record, rows
 from benchmarks.ablation.training import execute
 
 RUNS = Path("runs/ablation")
 MAIN = ("alone", "CWBR")
-RIVALS = (
-    "center loss",
-    "centers everywhere",
-    "SupCon",
-    "deep supervision",
-    "pairwise confusion",
-    "published",
-)
+RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
 # (settings, bases, methods, seeds) in the order in which they are started.
-CHARACTERS, TYPEFACES, MANY = "characters, 5 images", "typefaces", "1000 characters, 5 images"
+FIRST, ALL = ("characters, 5 images", "typefaces"), tuple(SETTINGS)
+MOST = ("cross-entropy", "ArcFace")
+OTHERS = tuple(base for base in BASES if base not in MOST)
 PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], range], ...] = (
-    ((TYPEFACES, CHARACTERS), ("ArcFace", "cross-entropy"), MAIN, range(3)),
-    ((CHARACTERS,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
-    ((CHARACTERS, TYPEFACES), ("cross-entropy",), ("pull",), range(3)),
-    ((CHARACTERS, TYPEFACES), ("cross-entropy",), RIVALS, range(3)),
-    ((TYPEFACES,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
-    ((MANY,), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(3)),
-    ((CHARACTERS, TYPEFACES), ("ArcFace",), ("pull",), range(3)),
-    ((CHARACTERS, TYPEFACES), ("cosine", "averaged"), MAIN, range(3)),
-    ((MANY,), ("label smoothing", "mixup", "smoothing, mixup, EMA"), MAIN, range(3)),
-    (tuple(SETTINGS), ("cross-entropy", "ArcFace"), (*MAIN, "pull"), range(5)),
+    (FIRST, MOST, (*MAIN, "pull"), range(5)),
+    (FIRST, OTHERS, MAIN, range(3)),
+    (ALL, MOST, (*MAIN, "pull"), range(5)),
+    (FIRST, ("cross-entropy",), (*RIVALS, "published"), range(3)),
+    (ALL, OTHERS, MAIN, range(3)),
 )
 
 
@@ -63,7 +54,6 @@ def planned() -> Iterator[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--tables", action="store_true")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--base", nargs="+", choices=BASES, default=list(BASES))
@@ -73,9 +63,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.cost:
         cost.write()
-        return
-    if options.tables:
-        publish(read())
         return
     wanted = [
         job
@@ -96,7 +83,8 @@ def main() -> None:
             under_way.add(pool.submit(execute, job, RUNS))
         for future in under_way:
             print(f"{time.monotonic() - started:6.0f} s", *future.result(), flush=True)
-    summarise(load(RUNS, planned()))
+    record(load(RUNS, planned()))
+    publish(rows(read()))
 
 
 if __name__ == "__main__":

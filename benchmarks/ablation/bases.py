@@ -14,7 +14,8 @@ class Base(NamedTuple):
     """A recipe: cross-entropy with some of these.
 
     `scale` makes the head a cosine head, `margin` adds ArcFace's angle to it; `average` is the
-    decay of the moving average of the weights that is tested in their place.
+    decay of the moving average of the weights that is tested in their place; `times` multiplies the
+    steps.
     """
 
     what: str
@@ -23,6 +24,7 @@ class Base(NamedTuple):
     scale: float = 0.0
     margin: float = 0.0
     average: float = 0.0
+    times: int = 1
 
 
 BASES = {
@@ -32,6 +34,7 @@ BASES = {
     "cosine": Base("cosine head, scale 16", scale=16),
     "ArcFace": Base("ArcFace, scale 16, margin 0.2", scale=16, margin=0.2),
     "averaged": Base("moving average of the weights, 0.99", average=0.99),
+    "three times the steps": Base("cross-entropy, three times as long", times=3),
     "smoothing, mixup, EMA": Base(
         "label smoothing, mixup and averaged weights", smoothing=0.1, mixup=0.2, average=0.99
     ),

@@ -7,6 +7,7 @@ differentiate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,18 +58,25 @@ class Published(Method):
         return cwbr_fused.scale_match(loss, cwbr_fused.loss(features, logits, targets))
 
 
-class Centers(Method):
+class Rival(Method):
+    """Another regularizer, of which `weight` times is added to the loss."""
+
+    def __init__(self, classes: int, widths: Mapping[str, int], weight: float) -> None:
+        super().__init__(classes, widths)
+        self.weight = weight
+
+
+class Centers(Rival):
     """Center loss (Wen 2016) at the last layer, or at all: half the squared distance to the mean.
 
-    Weight and pace are those of the paper.
+    The means move at the pace of the paper.
     """
 
     everywhere = False
-    weight = 0.003
     pace = 0.5
 
-    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
-        super().__init__(classes, widths)
+    def __init__(self, classes: int, widths: Mapping[str, int], weight: float) -> None:
+        super().__init__(classes, widths, weight)
         self.centers = {name: torch.zeros(classes, width) for name, width in widths.items()}
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
@@ -89,10 +97,10 @@ class CentersEverywhere(Centers):
     everywhere = True
 
 
-class SupCon(Method):
+class SupCon(Rival):
     """Supervised contrast (Khosla 2020) of the batch's embeddings beside the loss."""
 
-    weight, temperature = 0.3, 0.1
+    temperature = 0.1
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         z = normalize(to_vec(list(features.values())[-1]))
@@ -105,13 +113,11 @@ class SupCon(Method):
         return loss + self.weight * each.sum() / len(z)
 
 
-class DeepSupervision(Method):
+class DeepSupervision(Rival):
     """A linear classifier with cross-entropy at every layer but the last (Lee 2015)."""
 
-    weight = 0.3
-
-    def __init__(self, classes: int, widths: Mapping[str, int]) -> None:
-        super().__init__(classes, widths)
+    def __init__(self, classes: int, widths: Mapping[str, int], weight: float) -> None:
+        super().__init__(classes, widths, weight)
         self.heads = nn.ModuleList(nn.Linear(w, classes) for w in list(widths.values())[:-1])
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
@@ -121,10 +127,8 @@ class DeepSupervision(Method):
         return loss
 
 
-class PairwiseConfusion(Method):
+class PairwiseConfusion(Rival):
     """The squared distance between predictions of pairs of other classes (Dubey 2018)."""
-
-    weight = 0.5
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         half = len(logits) // 2
@@ -135,11 +139,11 @@ class PairwiseConfusion(Method):
 
 
 class Entry(NamedTuple):
-    """A method, and whether it takes the soft targets of mixup."""
+    """A method and whether it is one of the rivals, of whose weights validation chooses one."""
 
     make: Callable[[int, Mapping[str, int]], Method]
     what: str
-    takes_soft: bool = True
+    rival: bool = False
 
 
 def _entries() -> Iterator[tuple[str, Entry]]:
@@ -147,11 +151,16 @@ def _entries() -> Iterator[tuple[str, Entry]]:
     yield "CWBR", Entry(Balanced, "the recommended form, as it comes")
     yield "pull", Entry(Pull, "CWBR(push=0)")
     yield "published", Entry(Published, "cwbr_fused.loss with scale_match")
-    yield "center loss", Entry(Centers, "center loss at the last layer", False)
-    yield "centers everywhere", Entry(CentersEverywhere, "center loss at every layer", False)
-    yield "SupCon", Entry(SupCon, "supervised contrast beside the loss", False)
-    yield "deep supervision", Entry(DeepSupervision, "a classifier at every layer")
-    yield "pairwise confusion", Entry(PairwiseConfusion, "pairwise confusion", False)
+    rivals: tuple[tuple[str, type[Rival], str, tuple[float, ...]], ...] = (
+        ("center loss", Centers, "at the last layer", (0.001, 0.003, 0.01, 0.03)),
+        ("centers everywhere", CentersEverywhere, "at every layer", (0.001, 0.003, 0.01, 0.03)),
+        ("SupCon", SupCon, "supervised contrast beside the loss", (0.1, 0.3, 1.0)),
+        ("deep supervision", DeepSupervision, "a classifier at every layer", (0.1, 0.3)),
+        ("pairwise confusion", PairwiseConfusion, "between predictions", (0.1, 0.5, 2.0)),
+    )
+    for name, make, what, weights in rivals:
+        for weight in weights:
+            yield f"{name}, {weight}", Entry(partial(make, weight=weight), what, rival=True)
 
 
 METHODS = dict(_entries())

@@ -70,6 +70,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("characters, 5 images", GLYPHS_200, 5, CHARACTERS, 368, 128),
+        Setting("characters, 15 images", GLYPHS_200, 15, CHARACTERS, 700, 128),
         Setting("typefaces", TYPEFACES, 10, WORDS, 900, 64, first_class=120, classes=120),
         Setting("1000 characters, 5 images", GLYPHS_1000, 5, CHARACTERS, 700, 128),
     )

@@ -1,4 +1,4 @@
-"""Paired gains on top of each base with 95 % intervals: a CSV, a table and a figure."""
+"""Paired gains on top of each base with 95 % intervals, from a CSV of the runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import markdown
 from benchmarks.ablation.bases import BASES
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.settings import SETTINGS
-from benchmarks.markdown import insert_table
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = Path(__file__).parents[1] / "results"
 CSV = RESULTS / "ablation.csv"
-ALONE, OURS, MEAN = "alone", "CWBR", "mean of the recipes"
+# What the file keeps of a run: accuracies in %, and its time on one core.
+MEASURED = ("train", "val", "test", "seconds")
+HEADER = ("base", "method", "seeds", "test, %", "gain", "on validation")
+ALONE, OURS, PULL, MEAN = "alone", "CWBR", "pull", "mean of the recipes"
 # The interval of two says nothing that a reader can use.
 LEAST_SEEDS = 3
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -70,12 +73,28 @@ def rows(results: Results) -> list[Row]:
 
     Where two bases or more have enough seeds, the base `MEAN` is the mean over them, by seed.
     """
-    cells = dict.fromkeys((job.setting, job.base, job.method) for job in results)
+    cells = sorted({job[:3] for job in results}, key=_place)
     found = [_row(results, *cell, ALONE) for cell in cells]
     settings = dict.fromkeys(job.setting for job in results)
     found += [_row(_mean_base(results, name), name, MEAN, OURS, ALONE) for name in settings]
-    found += [_row(results, *cell, "pull") for cell in cells if cell[2] == OURS]
+    found += [_row(results, *cell, PULL) for cell in cells if cell[2] == OURS]
     return [row for row in found if row is not None]
+
+
+def best_rivals(found: list[Row]) -> list[Row]:
+    """By setting and base the rival that gains most on validation, of those with most seeds."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in found:
+        if row.method in METHODS and METHODS[row.method].rival:
+            known = best.setdefault((row.setting, row.base), row)
+            best[row.setting, row.base] = max(row, known, key=lambda r: (r.seeds, r.val_gain))
+    return list(best.values())
+
+
+def _place(cell: tuple[str, str, str]) -> tuple[int, int, int]:
+    """Where the cell stands in the tables."""
+    setting, base, method = cell
+    return [*SETTINGS].index(setting), [*BASES].index(base), [*METHODS].index(method)
 
 
 def _mean_base(results: Results, setting: str) -> Results:
@@ -127,23 +146,21 @@ def _half_width(values: Any) -> float:
 
 def table(found: list[Row]) -> str:
     """Markdown: by setting and base the accuracy alone, and what every method adds to it."""
-    lines = []
+    parts = []
     for setting in settings_of(found):
-        own = [row for row in found if row.setting == setting and row.against == ALONE]
-        lines += [
-            f"**{setting}**",
-            "",
-            "| base | method | seeds | test, % | gain | on validation |",
-        ]
-        lines.append("|---" * 6 + "|")
-        for row in own:
-            gain = "" if row.method == ALONE else f"{row.gain:+.1f}{_interval(row)}"
-            val = "" if row.method == ALONE else f"{row.val_gain:+.1f}"
-            cells = row.base, row.method, row.seeds, f"{row.mean:.1f}", gain, val
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines.append("")
-    lines += [f"- {name}: {method.what}." for name, method in METHODS.items()]
-    return "\n".join(lines) + "\n"
+        own = [row for row in found if row.setting == setting]
+        parts.append(f"**{setting}**\n\n" + markdown.table(HEADER, map(_line, own)))
+    whats = {name.split(",")[0]: method.what for name, method in METHODS.items()}
+    parts.append("".join(f"- {name}: {what}.\n" for name, what in whats.items()))
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    name = row.method if row.against == ALONE else f"{row.method} over {row.against}"
+    start = row.base, name, str(row.seeds), f"{row.mean:.1f}"
+    if row.method == ALONE:
+        return (*start, "", "")
+    return (*start, f"{row.gain:+.1f}{_interval(row)}", f"{row.val_gain:+.1f}")
 
 
 def _interval(row: Row) -> str:
@@ -151,39 +168,45 @@ def _interval(row: Row) -> str:
 
 
 def readme_table(found: list[Row]) -> str:
-    """By base: the accuracy alone and what `CWBR` adds, by setting; then what others add."""
-    settings = settings_of(found)
-    cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
-    lines = [
-        "| test accuracy, % | " + " | ".join(settings) + " |",
-        "|---" * (len(settings) + 1) + "|",
-    ]
-    for label, base, method in lines_of(found):
-        values = [_cell(cells.get((setting, base, method))) for setting in settings]
-        lines.append(f"| {label} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+    """By base: the accuracy alone and what is added to it, by setting."""
+    settings, cells = settings_of(found), shown(found)
+    return markdown.table(
+        ["test accuracy, %", *settings],
+        (
+            [label, *(_cell(cells.get((label, setting))) for setting in settings)]
+            for label in labels_of(found)
+        ),
+    )
 
 
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     gain = f"{row.gain:+.1f}{_interval(row)}"
-    return f"{row.mean - row.gain:.1f} {f'**{gain}**' if row.method == OURS else gain}"
+    name = f" ({row.method})" if METHODS[row.method].rival else ""
+    return f"{row.mean - row.gain:.1f} {f'**{gain}**' if row.method == OURS else gain}{name}"
+
+
+def shown(found: list[Row]) -> dict[tuple[str, str], Row]:
+    """What is compared in picture and README, by its label and setting: of the rivals the best."""
+    own = [r for r in found if r.against == ALONE and r.method in (OURS, PULL, "published")]
+    named = [(f"{row.base} + {row.method}", row) for row in own]
+    named += [(f"{row.base} + best rival", row) for row in best_rivals(found)]
+    return {(label, row.setting): row for label, row in named}
+
+
+def labels_of(found: list[Row]) -> list[str]:
+    """`CWBR` on every base, then the other methods on each."""
+    order = [*BASES, MEAN]
+    methods = (OURS, PULL, "best rival", "published")
+    possible = [f"{base} + {method}" for method in methods for base in order]
+    there = {label for label, _ in shown(found)}
+    return [label for label in possible if label in there]
 
 
 def settings_of(found: list[Row]) -> list[str]:
     """The settings that there are, in the order in which they are shown."""
     return [name for name in SETTINGS if any(row.setting == name for row in found)]
-
-
-def lines_of(found: list[Row]) -> list[tuple[str, str, str]]:
-    """(label, base, method): `CWBR` on every base, then the other methods on each."""
-    order = [*BASES, MEAN]
-    pairs = {(r.base, r.method) for r in found if r.against == ALONE and r.method != ALONE}
-    ranked = sorted(
-        pairs, key=lambda pair: (pair[1] != OURS, order.index(pair[0]), [*METHODS].index(pair[1]))
-    )
-    return [(f"{base} + {method}", base, method) for base, method in ranked]
 
 
 def draw(found: list[Row], path: Path) -> None:
@@ -193,11 +216,10 @@ def draw(found: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cells = {(row.setting, row.base, row.method): row for row in found if row.against == ALONE}
-    settings, lines = settings_of(found), lines_of(found)
+    cells, settings, labels = shown(found), settings_of(found), labels_of(found)
     figure, axes = plt.subplots(
         *(1, len(settings)),
-        figsize=(3.4 * len(settings) + 2, 0.32 * len(lines) + 1.3),
+        figsize=(3.4 * len(settings) + 2, 0.32 * len(labels) + 1.3),
         squeeze=False,
         sharex=True,
         sharey=True,
@@ -211,11 +233,11 @@ def draw(found: list[Row], path: Path) -> None:
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params("x", labelsize=8)
         axis.tick_params("y", labelsize=9, length=0)
-        for place, (_, base, method) in enumerate(lines):
-            if (row := cells.get((setting, base, method))) is not None:
+        for place, label in enumerate(labels):
+            if (row := cells.get((label, setting))) is not None:
                 _draw_gain(axis, row, place)
-    axes[0][0].set_yticks(range(len(lines)), [label for label, _, _ in lines])
-    axes[0][0].set_ylim(len(lines) - 0.5, -0.7)
+    axes[0][0].set_yticks(range(len(labels)), labels)
+    axes[0][0].set_ylim(len(labels) - 0.5, -0.7)
     figure.supxlabel(
         "points of test accuracy added to the recipe (paired by seed; lines: 95 % intervals; "
         "hollow: fewer than three seeds)",
@@ -235,21 +257,26 @@ def _draw_gain(axis: Any, row: Row, place: int) -> None:
     axis.annotate(f"{row.gain:+.1f}", (row.gain, place), color=color, **text)
 
 
-def summarise(results: Results) -> None:
-    """Writes ablation.csv, and from it what `publish` does."""
+def record(results: Results) -> None:
+    """Writes the runs to ablation.csv, beside those that it has and these are not."""
+    runs = {**read(), **results}
     with CSV.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        for row in rows(results):
-            writer.writerow([f"{x:.3f}" if isinstance(x, float) else x for x in row])
-    publish(read())
+        writer.writerow([*Job._fields, *MEASURED])
+        for job in sorted(runs):
+            writer.writerow([*job, *(f"{runs[job][name]:.3f}" for name in MEASURED)])
 
 
-def read() -> list[Row]:
-    """The rows of ablation.csv."""
+def read() -> dict[Job, dict[str, float]]:
+    """The runs of ablation.csv."""
+    if not CSV.exists():
+        return {}
     with CSV.open(newline="") as file:
         lines = list(csv.reader(file))[1:]
-    return [Row._make([*line[:4], int(line[4]), *map(float, line[5:])]) for line in lines]
+    return {
+        Job(*line[:3], int(line[3])): dict(zip(MEASURED, map(float, line[4:]), strict=True))
+        for line in lines
+    }
 
 
 def publish(found: list[Row]) -> None:
@@ -258,4 +285,4 @@ def publish(found: list[Row]) -> None:
     (RESULTS / "ablation.md").write_text(text)
     print(text)
     draw(found, RESULTS / "ablation.png")
-    README.write_text(insert_table(README.read_text(), "ablation", readme_table(found)))
+    README.write_text(markdown.insert_table(README.read_text(), "ablation", readme_table(found)))

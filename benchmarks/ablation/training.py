@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ class Run:
     """A network in training; the same seed gives every method the same weights and batches."""
 
     def __init__(self, job: Job) -> None:
-        self.setting, self.base = SETTINGS[job.setting], BASES[job.base]
+        self.base = BASES[job.base]
+        setting = SETTINGS[job.setting]
+        self.setting = replace(setting, steps=setting.steps * self.base.times)
         self.data = Images(self.setting, job.seed)
         torch.manual_seed(job.seed)
         network = bases.with_head(self.setting.network(self.setting.classes), self.base)

@@ -58,7 +58,7 @@ def test_every_method_starts_from_the_same_weights_and_ends_at_others() -> None:
     assert all(torch.equal(start, starts[0]) for start in starts)
     alone = list(METHODS).index("alone")
     changed = [m for m, end in zip(METHODS, ends, strict=True) if not torch.equal(end, ends[alone])]
-    assert set(changed) >= {"CWBR", "center loss", "SupCon", "deep supervision", "published"}
+    assert set(changed) >= {"CWBR", "published", *(m for m, e in METHODS.items() if e.rival)}
 
 
 def test_batches_depend_on_the_seed_alone_and_every_image_is_moved_for_itself() -> None:
@@ -108,7 +108,7 @@ def test_the_margin_makes_the_own_class_harder_and_leaves_the_others() -> None:
 
 
 def result(test: float, val: float = 50.0) -> dict[str, Any]:
-    return {"train": 90.0, "val": val, "test": test}
+    return {"train": 90.0, "val": val, "test": test, "seconds": 1.0}
 
 
 def test_gains_are_paired_by_seed_on_the_same_base() -> None:
@@ -174,27 +174,38 @@ def test_table_figure_and_readme_show_what_there_is(folder: Path) -> None:
         Job(TYPEFACES, "mixup", method, 0): result(accuracy)
         for method, accuracy in (("alone", 70.0), ("CWBR", 69.0))
     }
-    summary.summarise(results)
+    summary.publish(summary.rows(results))
     table, readme = (folder / "ablation.md").read_text(), summary.README.read_text()
     assert "| ArcFace | CWBR | 3 | 82.5 | +1.5 ± 0.0 | +0.0 |" in table
     assert "| mixup | CWBR | 1 | 69.0 | -1.0 (seeds: 1) | +0.0 |" in table
     assert "| ArcFace + CWBR | 81.0 **+1.5 ± 0.0** |" in readme
     assert readme.index("mixup + CWBR") < readme.index("ArcFace + CWBR") < readme.index("+ pull")
-    assert "SupCon" not in readme
+    assert "rival" not in readme
     assert "old" not in readme
     assert (folder / "ablation.png").stat().st_size > 1000
 
 
-def test_tables_are_made_anew_from_the_csv_alone(folder: Path) -> None:
+def test_validation_chooses_the_best_rival_among_those_with_most_seeds() -> None:
+    many, few = range(3), range(1)
     results = {
-        Job(TYPEFACES, "ArcFace", method, seed): result(accuracy + seed**2)
-        for method, accuracy in (("alone", 80.0), ("CWBR", 81.5))
-        for seed in range(3)
+        Job(TYPEFACES, "cross-entropy", method, seed): result(test, val)
+        for method, test, val, seeds in (
+            ("alone", 80.0, 50.0, many),
+            ("center loss, 0.003", 82.0, 51.0, many),
+            ("SupCon, 0.3", 81.0, 52.0, many),
+            ("SupCon, 1.0", 99.0, 99.0, few),
+            ("CWBR", 99.0, 99.0, many),
+        )
+        for seed in seeds
     }
-    summary.summarise(results)
-    readme = summary.README.read_text()
-    for row, written in zip(summary.rows(results), summary.read(), strict=True):
-        assert written[:5] == row[:5]
-        assert written[5:] == pytest.approx(row[5:], abs=1e-3)
-    summary.publish(summary.read())
-    assert summary.README.read_text() == readme
+    (best,) = summary.best_rivals(summary.rows(results))
+    assert (best.method, best.gain) == ("SupCon, 0.3", 1.0)
+    assert "| 80.0 +1.0 ± 0.0 (SupCon, 0.3) |" in summary.readme_table(summary.rows(results))
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_csv_keeps_every_run_and_takes_the_newer() -> None:
+    old, kept = Job(TYPEFACES, "mixup", "alone", 0), Job(CHARACTERS, "ArcFace", "CWBR", 3)
+    summary.record({old: result(80.0), kept: result(70.25)})
+    summary.record({old: result(81.5)})
+    assert summary.read() == {old: result(81.5), kept: result(70.25)}
