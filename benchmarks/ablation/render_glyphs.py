@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.ablation.look_alikes import of_most_similar_pairs, similarity
 from benchmarks.ablation.settings import GLYPHS_1000
 
 SIZE, EM, OVERSAMPLED, LEVELS = 32, 30, 4, 16
@@ -99,24 +100,9 @@ def look_alikes(folder: Path, characters: list[str]) -> list[str]:
     A pair's similarity is the correlation of its slightly blurred images, the smaller one of the
     two judges'.
     """
-    similarity = np.minimum(*(_similarity(render(folder, face, characters)) for face in JUDGES))
-    first, second = np.triu_indices(len(characters), 1)
-    chosen: dict[str, None] = {}
-    for pair in np.argsort(-similarity[first, second], kind="stable"):
-        for index in (first[pair], second[pair]):
-            if len(chosen) < GLYPHS_1000.classes:
-                chosen.setdefault(characters[index])
-    return list(chosen)
-
-
-def _similarity(images: Images) -> npt.NDArray[np.float32]:
-    blur = ImageFilter.GaussianBlur(1)
-    blurred = [np.asarray(Image.fromarray(image * 16).filter(blur)) for image in images]
-    vectors = np.stack(blurred).reshape(len(images), -1).astype(np.float32)
-    vectors -= vectors.mean(1, keepdims=True)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity: npt.NDArray[np.float32] = vectors @ vectors.T
-    return similarity
+    each = [similarity(render(folder, face, characters), blur=1) for face in JUDGES]
+    chosen = of_most_similar_pairs(np.minimum(*each), GLYPHS_1000.classes)
+    return [characters[index] for index in chosen]
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.ablation.look_alikes import of_most_similar_pairs, similarity
 from benchmarks.ablation.settings import TYPEFACES
 
 HEIGHT, WIDTH, MARGIN, EM, LEVELS = 24, 80, 2, 64, 16
@@ -86,30 +87,14 @@ def look_alikes(paths: list[Path]) -> list[Path]:
 
     A pair's similarity is the correlation of the slightly blurred images of one word.
     """
-    similarity = _similarity(np.stack([draw(load(path), SAMPLE) for path in paths]))
+    alike = similarity(np.stack([draw(load(path), SAMPLE) for path in paths]), blur=0.7)
     kept: list[int] = []
     for face in range(len(paths)):
-        if not kept or similarity[face, kept].max() <= NEAR_IDENTICAL:
+        if not kept or alike[face, kept].max() <= NEAR_IDENTICAL:
             kept.append(face)
-    similarity = similarity[np.ix_(kept, kept)]
-    first, second = np.triu_indices(len(kept), 1)
-    chosen: dict[int, None] = {}
-    for pair in np.argsort(-similarity[first, second], kind="stable"):
-        for face in (first[pair], second[pair]):
-            if len(chosen) < TYPEFACES.classes:
-                chosen.setdefault(int(face))
+    chosen = of_most_similar_pairs(alike[np.ix_(kept, kept)], TYPEFACES.classes)
     print(f"{len(paths)} faces, {len(kept)} of them not nearly identical to another")
     return [paths[kept[face]] for face in sorted(chosen)]
-
-
-def _similarity(images: Image8) -> npt.NDArray[np.float32]:
-    blur = ImageFilter.GaussianBlur(0.7)
-    blurred = [np.asarray(Image.fromarray(image * 16).filter(blur)) for image in images]
-    vectors = np.stack(blurred).reshape(len(images), -1).astype(np.float32)
-    vectors -= vectors.mean(1, keepdims=True)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity: npt.NDArray[np.float32] = vectors @ vectors.T
-    return similarity
 
 
 def main() -> None:

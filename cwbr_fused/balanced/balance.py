@@ -62,8 +62,7 @@ class Balance:
         with torch.no_grad():
             length = self._measured(incoming)
             g, into = incoming[:, part], result[:, part]
-            copies = g.numel() / max(r.numel(), 1)
-            scale = self.scale * max(copies, 1) ** -0.5
+            scale = self.scale * max(_copies(r, g), 1) ** -0.5
             torch.addcmul(g, r, length, value=scale, out=into)
         return result
 
@@ -78,8 +77,7 @@ class Balance:
         else:
             g = incoming[:, part]
             r = r.to(dtype)
-            copies = g.numel() / max(r.numel(), 1)
-            parts = length.square(), r.square().sum() * copies, _dot(g, r, dtype)
+            parts = length.square(), r.square().sum() * _copies(r, g), _dot(g, r, dtype)
             sums = torch.stack(parts)
             if self.group is not None:
                 sums = all_reduce(sums, self.group)
@@ -98,6 +96,11 @@ def of_length(length: Tensor, pull: Spread, group: ProcessGroup | None) -> Sprea
         squares = all_reduce(squares, group)
     factor = length * squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()
     return Spread(gradient * factor, pull.part)
+
+
+def _copies(r: Tensor, g: Tensor) -> float:
+    """How many positions of g each number of r is spread over."""
+    return g.numel() / max(r.numel(), 1)
 
 
 def _dot(g: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:

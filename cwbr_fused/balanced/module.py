@@ -279,7 +279,7 @@ class CWBR(nn.Module):
         """The classes that act on each sample."""
         labels, shares = targets
         rivals, weight, own = OPERATIONS[backend].top_confusions(
-            logits, labels[:, 0], seen, self.confusions
+            logits, targets.main, seen, self.confusions
         )
         if shares is None:
             return Acting(labels, weight[:, :0], own, rivals, weight, seen)
@@ -293,7 +293,7 @@ class CWBR(nn.Module):
         dtype = accumulation_dtype(z.dtype)
         if targets.shares is None and processes is None:
             operations = OPERATIONS[backend]
-            order, offsets, classes = operations.group_by_class(targets.labels[:, 0], 1)
+            order, offsets, classes = operations.group_by_class(targets.main, 1)
             size = torch.sub(offsets[1:], offsets[:-1], out=z.new_empty(len(classes), dtype=dtype))
             return Moments(classes, size, *operations.class_moments(z, order, offsets, 0.0))
         least = 1 if targets.shares is None else LEAST_SOFT_WEIGHT

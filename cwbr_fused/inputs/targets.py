@@ -25,6 +25,12 @@ class Targets(NamedTuple):
     labels: Tensor
     shares: Tensor | None
 
+    @property
+    def main(self) -> Tensor:
+        """(B,) the class of largest share of each sample."""
+        # Indexing with [:, 0] asks fake CUDA tensors for a device.
+        return self.labels.select(1, 0)
+
 
 def read_targets(logits: Tensor, targets: Tensor) -> Targets:
     """The targets of a batch, checked against its logits (B, C).

@@ -11,3 +11,9 @@ Importing `cwbr_fused` imports none of these libraries, and a module here import
 when it is imported itself. The page "In your framework" of the documentation has an example for
 each.
 """
+
+from typing import Literal, TypeAlias, get_args
+
+# "cwbr", the recommended form, or "published", which lowers accuracy where it was measured.
+Form: TypeAlias = Literal["cwbr", "published"]
+FORMS: tuple[str, ...] = get_args(Form)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cwbr_fused.balanced.module import CWBR
+from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.features import FeatureCatcher
+from cwbr_fused.integrations import FORMS, Form
 from cwbr_fused.overlap.loss import loss, scale_match
 
 __all__ = ["CWBRTrainer"]
@@ -62,13 +64,12 @@ class CWBRTrainer(Trainer):
         self,
         *args: Any,
         layers: Sequence[str] | None = None,
-        form: Literal["cwbr", "published"] = "cwbr",
+        form: Form = "cwbr",
         options: Mapping[str, Any] | None = None,
         hidden_states: Sequence[int] = (-1,),
         **kwargs: Any,
     ) -> None:
-        if form not in ("cwbr", "published"):
-            raise ValueError(f"form: expected 'cwbr' or 'published', got {form!r}")
+        validation.check_choice("form", form, FORMS)
         super().__init__(*args, **kwargs)
         self.layers, self.form, self.options = layers, form, dict(options or {})
         self.hidden_states = tuple(hidden_states)

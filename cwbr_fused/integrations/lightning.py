@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cwbr_fused.balanced.module import CWBR
+from cwbr_fused.inputs import validation
 from cwbr_fused.inputs.features import FeatureCatcher
+from cwbr_fused.integrations import FORMS, Form
 from cwbr_fused.overlap.loss import loss as published_loss
 from cwbr_fused.overlap.loss import scale_match
 
@@ -95,11 +97,10 @@ class CWBRCallback(Callback):
         logits: str,
         layers: Sequence[str] | None = None,
         targets: Callable[[Any], Tensor] = second_of,
-        form: Literal["cwbr", "published"] = "cwbr",
+        form: Form = "cwbr",
         **options: Any,
     ) -> None:
-        if form not in ("cwbr", "published"):
-            raise ValueError(f"form: expected 'cwbr' or 'published', got {form!r}")
+        validation.check_choice("form", form, FORMS)
         if form == "published" and layers is None:
             raise ValueError("layers: expected names of layers for the published form, got None")
         self.form, self.options = form, options

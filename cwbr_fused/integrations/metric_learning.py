@@ -8,13 +8,14 @@ Nothing of that library is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwbr_fused.balanced.module import CWBR
 from cwbr_fused.inputs import validation
+from cwbr_fused.integrations import FORMS, Form
 from cwbr_fused.overlap.module import ConfusionWeightedBhatReg
 
 __all__ = ["CWBRLoss"]
@@ -48,7 +49,7 @@ class CWBRLoss(nn.Module):
         classifier: Tensor | Callable[..., Any] | None = None,
         *,
         num_classes: int,
-        form: Literal["cwbr", "published"] = "cwbr",
+        form: Form = "cwbr",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -57,8 +58,7 @@ class CWBRLoss(nn.Module):
                 "classifier: expected a (C, D) weight tensor, a callable or None, "
                 f"got {validation.describe(classifier)}"
             )
-        if form not in ("cwbr", "published"):
-            raise ValueError(f"form: expected 'cwbr' or 'published', got {form!r}")
+        validation.check_choice("form", form, FORMS)
         self.form, self.num_classes = form, num_classes
         self.regularizer: nn.Module = (
             CWBR(num_classes, **options)

@@ -184,7 +184,7 @@ def _classes_present(targets: Targets, columns: int, backend: str) -> Tensor:
     if targets.shares is not None:
         return (membership.of_targets(targets, columns, 1, targets.shares.dtype).counts > 0).sum()
     classes: Tensor
-    _, _, classes = OPERATIONS[backend].group_by_class(targets.labels[:, 0], 1)
+    _, _, classes = OPERATIONS[backend].group_by_class(targets.main, 1)
     return (classes >= 0).sum()
 
 

@@ -75,7 +75,7 @@ def regularizer(
     whole = targets.shares is None and processes is None
     if whole and options.top_m is not None and not options.adjusted and backend != PLAIN:
         order, offsets, _, pairs, weights = OPERATIONS[backend].plan(
-            logits.detach(), targets.labels.select(1, 0), options.top_m, options.min_count
+            logits.detach(), targets.main, options.top_m, options.min_count
         )
         weights = weights.to(accumulation_dtype(vectors[0].dtype))
         value: Tensor = Regularizer.apply(
@@ -103,7 +103,7 @@ def statistics_of(
         moments = membership.class_moments(vectors, members, eps, backend)
         return Statistics(members.counts, alpha, moments)
     operations = OPERATIONS[backend]
-    order, offsets, classes = operations.group_by_class(targets.labels.select(1, 0), min_count)
+    order, offsets, classes = operations.group_by_class(targets.main, min_count)
     alpha = operations.confusion_weights(logits.detach(), order, offsets, classes).to(dtype)
     moments = [class_moments(z, order, offsets, eps, backend) for z in vectors]
     return Statistics(offsets.diff(), alpha, moments)
