@@ -62,17 +62,18 @@ def with_head(network: nn.Module, base: Base) -> nn.Module:
 
 
 def mixed(
-    base: Base, images: Tensor, targets: Tensor, classes: int, generator: torch.Generator
+    base: Base, inputs: Tensor, targets: Tensor, classes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images and targets as the base trains on them; soft targets with mixup."""
+    """Inputs and targets as the base trains on them; soft targets with mixup."""
     if not base.mixup:
-        return images, targets
+        return inputs, targets
     alpha = torch.full((2,), base.mixup)
     first, second = torch._standard_gamma(alpha, generator=generator).clamp(min=1e-6).tolist()
     share = first / (first + second)
     soft = one_hot(targets, classes).float()
-    return share * images + (1 - share) * images.roll(1, 0), share * soft + (1 - share) * soft.roll(
-        1, 0
+    return (
+        share * inputs + (1 - share) * inputs.roll(1, 0),
+        share * soft + (1 - share) * soft.roll(1, 0),
     )
 
 

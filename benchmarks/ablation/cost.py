@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,13 +25,11 @@ def measure(setting: str) -> tuple[float, float]:
     """Median seconds of a step with cross-entropy alone, and median ratio of CWBR's to its."""
     torch.set_num_threads(1)
     runs = [Run(Job(setting, "cross-entropy", method, 0)) for method in ("alone", "CWBR")]
-    data = runs[0].data
-    data.setting = replace(data.setting, steps=WARM_UP + STEPS)
     seconds: list[list[float]] = [[], []]
-    for images, targets in data.batches():
+    for inputs, targets in runs[0].data.batches(WARM_UP + STEPS, runs[0].setting.batch_size):
         for run, spent in zip(runs, seconds, strict=True):
             started = time.thread_time()
-            run.step(images, targets)
+            run.step(inputs, targets)
             spent.append(time.thread_time() - started)
     plain, ours = (spent[WARM_UP:] for spent in seconds)
     ratio = statistics.median(b / a for a, b in zip(plain, ours, strict=True))

@@ -1,8 +1,11 @@
-"""Images in three parts, and the augmented batches of a seed."""
+"""Images and texts in three parts, and the training batches of a seed."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,52 +13,123 @@ from fgvc.data import first_per_class
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from benchmarks.ablation.settings import Augmentation, Setting
+from benchmarks.ablation import networks
 
 PARTS = ("train", "val", "test")
 
 
-class Images:
-    """The images of a setting; what is trained on depends on the seed."""
+class Source(NamedTuple):
+    """A file of samples in three parts, and how many classes they have."""
 
-    def __init__(self, setting: Setting, seed: int) -> None:
-        self.setting, self.seed = setting, seed
-        images, self.targets = {}, {}
-        with np.load(setting.source.path) as arrays:
-            for part in PARTS:
-                targets = torch.from_numpy(arrays[f"y{part}"]).long() - setting.first_class
-                kept = (targets >= 0) & (targets < setting.classes)
-                images[part] = torch.from_numpy(arrays[f"x{part}"]).float()[kept]
-                self.targets[part] = targets[kept]
-        chosen = first_per_class(self.targets["train"], setting.images_per_class, seed)
-        images["train"] = images["train"][chosen]
-        self.targets["train"] = self.targets["train"][chosen]
-        mean, std = images["train"].mean(), images["train"].std()
-        self.background = float(-mean / std)
-        self.images = {part: ((x - mean) / std)[:, None] for part, x in images.items()}
+    path: Path
+    classes: int
 
-    def prepared(self, images: Tensor) -> Tensor:
+
+class Augmentation(NamedTuple):
+    """Of each image for itself, uniformly up to these: radians, shares of the size, grey levels."""
+
+    rotation: float
+    shear: float
+    scale: float
+    stretch: float
+    shift: float
+    noise: float
+
+
+class Data:
+    """Inputs and targets by part; `per_class` of each class, which depend on the seed, train."""
+
+    def __init__(
+        self, inputs: dict[str, Tensor], targets: dict[str, Tensor], per_class: int, seed: int
+    ) -> None:
+        self.inputs, self.targets, self.seed = inputs, targets, seed
+        chosen = first_per_class(targets["train"], per_class, seed)
+        for part in (inputs, targets):
+            part["train"] = part["train"][chosen]
+
+    def prepared(self, inputs: Tensor) -> Tensor:
         """As the network takes them."""
-        return images.contiguous(memory_format=torch.channels_last)
+        return inputs
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches: shuffled, every image augmented for itself."""
+    def augmented(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """For training."""
+        return inputs
+
+    def batches(self, steps: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches, a function of the seed and the step alone."""
         generator = torch.Generator().manual_seed(self.seed)
-        indices = self._shuffled(generator)
-        for _ in range(self.setting.steps):
+        indices = self._shuffled(size, generator)
+        for _ in range(steps):
             index = next(indices)
-            images = self.images["train"][index]
-            images = augmented(images, self.background, self.setting.augmentation, generator)
-            yield self.prepared(images), self.targets["train"][index]
+            inputs = self.augmented(self.inputs["train"][index], generator)
+            yield self.prepared(inputs), self.targets["train"][index]
 
-    def _shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Every image once before any comes again; batches may cross that border."""
-        size, order = len(self.targets["train"]), torch.empty(0, dtype=torch.long)
+    def _shuffled(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Every sample once before any comes again; batches may cross that border."""
+        count, order = len(self.targets["train"]), torch.empty(0, dtype=torch.long)
         while True:
-            while len(order) < self.setting.batch_size:
-                order = torch.cat([order, torch.randperm(size, generator=generator)])
-            yield order[: self.setting.batch_size]
-            order = order[self.setting.batch_size :]
+            while len(order) < size:
+                order = torch.cat([order, torch.randperm(count, generator=generator)])
+            yield order[:size]
+            order = order[size:]
+
+
+class Images(Data):
+    """Those of `classes` classes of a file, from `first_class` on; augmented for training."""
+
+    def __init__(
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        classes: int,
+        seed: int,
+        *,
+        per_class: int,
+        first_class: int = 0,
+    ) -> None:
+        images, targets = {}, {}
+        with np.load(source.path) as arrays:
+            for part in PARTS:
+                target = torch.from_numpy(arrays[f"y{part}"]).long() - first_class
+                kept = (target >= 0) & (target < classes)
+                images[part] = torch.from_numpy(arrays[f"x{part}"]).float()[kept]
+                targets[part] = target[kept]
+        super().__init__(images, targets, per_class, seed)
+        mean, std = images["train"].mean(), images["train"].std()
+        self.background, self.augmentation = float(-mean / std), augmentation
+        self.inputs = {part: ((x - mean) / std)[:, None] for part, x in images.items()}
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+    def augmented(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return augmented(inputs, self.background, self.augmentation, generator)
+
+
+class Texts(Data):
+    """Token indices of a file of lines `part, class, text`; of its first `classes` classes."""
+
+    def __init__(
+        self, source: Source, classes: int, seed: int, *, per_class: int, length: int
+    ) -> None:
+        rows = [line.split("\t") for line in source.path.read_text(encoding="utf-8").splitlines()]
+        names = sorted({name for _, name, _ in rows})[:classes]
+        targets, texts = defaultdict(list), defaultdict(list)
+        for part, name, text in rows:
+            if name in names:
+                targets[part].append(names.index(name))
+                texts[part].append(text)
+        tokenizer = networks.tokenizer(length)
+        super().__init__(
+            {p: torch.tensor([e.ids for e in tokenizer.encode_batch(texts[p])]) for p in PARTS},
+            {part: torch.tensor(targets[part]) for part in PARTS},
+            per_class,
+            seed,
+        )
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """No longer than the longest text."""
+        return inputs[:, : int((inputs != networks.PADDING).sum(1).max())]
 
 
 def augmented(

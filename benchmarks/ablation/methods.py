@@ -122,8 +122,7 @@ class DeepSupervision(Rival):
 
     def forward(self, features: Features, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         for head, layer in zip(self.heads, features.values(), strict=False):
-            vectors = layer.mean((2, 3))
-            loss = loss + self.weight * cross_entropy(head(vectors), targets)
+            loss = loss + self.weight * cross_entropy(head(to_vec(layer)), targets)
         return loss
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.ablation import bases
 from benchmarks.ablation.bases import BASES
-from benchmarks.ablation.data import Images
 from benchmarks.ablation.methods import METHODS, Method
 from benchmarks.ablation.settings import SETTINGS
 from benchmarks.ablation.summary import Job
-from cwbr_fused import FeatureCatcher
+from cwbr_fused import FeatureCatcher, to_vec
 
 EVALUATION_BATCH = 256
 
@@ -32,7 +31,11 @@ class Run:
         self.base = BASES[job.base]
         setting = SETTINGS[job.setting]
         self.setting = replace(setting, steps=setting.steps * self.base.times)
-        self.data = Images(self.setting, job.seed)
+        self.data = setting.data(setting.classes, job.seed)
+        if self.base.mixup and not self.data.inputs["train"].is_floating_point():
+            raise ValueError(
+                f"{job.base}: the inputs of {job.setting} are indices, not to be mixed"
+            )
         torch.manual_seed(job.seed)
         network = bases.with_head(self.setting.network(self.setting.classes), self.base)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -45,15 +48,16 @@ class Run:
             [group["lr"] for group in self.optimizer.param_groups],
             total_steps=self.setting.steps,
             pct_start=0.2,
+            cycle_momentum="momentum" in self.optimizer.defaults,  # not that of Adam
         )
         self.mixing = torch.Generator().manual_seed(job.seed + 1)
 
     @torch.no_grad()
     def _widths(self) -> dict[str, int]:
-        """How many channels each layer has."""
+        """How long the pooled vector of each layer is."""
         self.network.eval()
-        self.network(self.data.prepared(self.data.images["val"][:1]))
-        widths = {name: layer.shape[1] for name, layer in self.catcher.feats.items()}
+        self.network(self.data.prepared(self.data.inputs["val"][:1]))
+        widths = {name: to_vec(layer).shape[1] for name, layer in self.catcher.feats.items()}
         self.catcher.clear()
         return widths
 
@@ -62,17 +66,17 @@ class Run:
             bases.MovingAverage(self.network, self.base.average) if self.base.average else None
         )
         self.network.train()
-        for images, targets in self.data.batches():
-            self.step(images, targets)
+        for inputs, targets in self.data.batches(self.setting.steps, self.setting.batch_size):
+            self.step(inputs, targets)
             self.schedule.step()
             if average is not None:
                 average.follow()
         if average is not None:
             average.take_over()
 
-    def step(self, images: Tensor, targets: Tensor) -> None:
-        images, targets = bases.mixed(self.base, images, targets, self.setting.classes, self.mixing)
-        logits = self.network(images)
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        inputs, targets = bases.mixed(self.base, inputs, targets, self.setting.classes, self.mixing)
+        logits = self.network(inputs)
         loss = bases.loss(self.base, logits, targets)
         total = self.method(self.catcher.feats, logits, targets, loss)
         self.catcher.clear()
@@ -84,8 +88,8 @@ class Run:
     def predictions(self, part: str) -> Tensor:
         self.network.eval()
         logits = []
-        for images in self.data.images[part].split(EVALUATION_BATCH):
-            logits.append(self.network(self.data.prepared(images)))
+        for inputs in self.data.inputs[part].split(EVALUATION_BATCH):
+            logits.append(self.network(self.data.prepared(inputs)))
             self.catcher.clear()
         return torch.cat(logits).argmax(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 
 from benchmarks.ablation import bases, cost, data, settings, summary, training
 from benchmarks.ablation.bases import BASES
-from benchmarks.ablation.data import Images
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.summary import Job
 
@@ -24,8 +24,9 @@ CHARACTERS, TYPEFACES = "characters, 5 images", "typefaces"
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three steps on small batches of a few images."""
     for name in (CHARACTERS, TYPEFACES):
+        whole = settings.SETTINGS[name]
         brief = dataclasses.replace(
-            settings.SETTINGS[name], steps=3, batch_size=16, images_per_class=2, classes=20
+            whole, data=partial(whole.data, per_class=2), classes=20, steps=3, batch_size=16
         )
         monkeypatch.setitem(settings.SETTINGS, name, brief)
     threads = torch.get_num_threads()
@@ -62,8 +63,8 @@ def test_every_method_starts_from_the_same_weights_and_ends_at_others() -> None:
 
 
 def test_batches_depend_on_the_seed_alone_and_every_image_is_moved_for_itself() -> None:
-    brief = dataclasses.replace(settings.SETTINGS[CHARACTERS], steps=4)
-    one, same, other = (list(Images(brief, seed).batches()) for seed in (1, 1, 2))
+    images = settings.SETTINGS[CHARACTERS].data
+    one, same, other = (list(images(200, seed).batches(4, 128)) for seed in (1, 1, 2))
     for (x, y), (x_same, y_same), (x_other, _) in zip(one, same, other, strict=True):
         assert torch.equal(x, x_same)
         assert torch.equal(y, y_same)
@@ -79,8 +80,8 @@ def test_batches_depend_on_the_seed_alone_and_every_image_is_moved_for_itself() 
 
 
 def test_shuffled_batches_show_every_image_once_before_any_again() -> None:
-    brief = dataclasses.replace(settings.SETTINGS[CHARACTERS], steps=8, batch_size=125)
-    counts = torch.cat([y for _, y in Images(brief, 0).batches()]).bincount(minlength=200)
+    batches = settings.SETTINGS[CHARACTERS].data(200, 0).batches(8, 125)
+    counts = torch.cat([y for _, y in batches]).bincount(minlength=200)
     assert counts.eq(5).all()
 
 
