@@ -5,11 +5,11 @@ The rule, for a network of whatever library:
 1. A timm model lists its stages in `feature_info`. Taken are the ends of the last three
    resolutions; where there are fewer than three, as in a ViT, three of the entries, *spaced*.
 2. Otherwise the rule goes down from the model into the part that holds most of the parameters,
-   classifier aside, until it meets a series: a `Sequential` or `ModuleList` of three or more,
-   numbered children (`layer1`, `layer2`), or a module of which no part holds 80 %. Taken are the
-   ends of the last three resolutions, where a module with a stride or a patch merging lowers the
-   resolution. Where there are fewer than three, or at most six modules, three of the modules with
-   parameters are taken, spaced.
+   classifier and tables of word vectors aside, until it meets a series: a `Sequential` or
+   `ModuleList` of three or more, numbered children (`layer1`, `layer2`), or a module of which no
+   part holds 80 %. Taken are the ends of the last three resolutions, where a module with a stride
+   or a patch merging lowers the resolution. Where there are fewer than three, or at most six
+   modules, three of the modules with parameters are taken, spaced.
 
 *Spaced* are the last one and two before it, each a sixth of the depth apart: blocks 7, 9 and 11 of
 12; the last three of six or fewer.
@@ -186,4 +186,11 @@ def _never_runs(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """How many parameters it has, but for tables of words, which outweigh the blocks of a model."""
+    tables = {
+        p
+        for m in module.modules()
+        if isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
+    return sum(p.numel() for p in module.parameters() if p not in tables)

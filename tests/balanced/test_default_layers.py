@@ -103,6 +103,25 @@ def test_layers_of_transformers(
     assert layout.pool == ("cls" if prefix else "mean")
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("Bert", "bert.encoder.layer"),
+        ("Roberta", "roberta.encoder.layer"),
+        ("DebertaV2", "deberta.encoder.layer"),
+        ("GPT2", "transformer.h"),
+    ],
+)
+def test_layers_of_text_models_are_blocks_whatever_the_size_of_their_vocabulary(
+    name: str, blocks: str
+) -> None:
+    library = pytest.importorskip("transformers", exc_type=Exception)
+    config = getattr(library, f"{name}Config")(num_hidden_layers=12, num_labels=CLASSES)
+    with torch.device("meta"):
+        model = getattr(library, f"{name}ForSequenceClassification")(config)
+    assert default_layers(model) == [f"{blocks}.{i}" for i in (7, 9, 11)]
+
+
 def spent(model: nn.Module, size: int, **options: Any) -> tuple[CWBR, dict[str, Tensor]]:
     """CWBR after two steps on the layers of its own choice, and the features of the second."""
     cwbr = CWBR(CLASSES, **options)
