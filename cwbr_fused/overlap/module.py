@@ -11,7 +11,7 @@ from cwbr_fused.operations.backends import Backend
 from cwbr_fused.operations.distributed import Group
 from cwbr_fused.overlap.loss import loss_with
 from cwbr_fused.overlap.options import Objective, OverlapOptions, Shrinkage, Temperature
-from cwbr_fused.overlap.silence import HealthCheck, causes_in_batch
+from cwbr_fused.overlap.silence import SilenceCheck, causes_in_batch
 
 
 class ConfusionWeightedBhatReg(nn.Module):
@@ -61,7 +61,7 @@ class ConfusionWeightedBhatReg(nn.Module):
         self.options = OverlapOptions(
             top_m, min_count, eps, objective, backend, group, temperature, shrinkage, noise_floor
         ).check()
-        self._health = HealthCheck(check_every)
+        self._silence = SilenceCheck(check_every)
 
     def forward(self, features: Mapping[str, Tensor], logits: Tensor, y: Tensor) -> Tensor:
         """The regularizer, a scalar.
@@ -83,10 +83,10 @@ class ConfusionWeightedBhatReg(nn.Module):
             raise ValueError(f"features: expected layers {missing}, got {sorted(features)}")
         layers = {name: features[name] for name in self.layer_names}
         value = loss_with(layers, logits, y, self.options)
-        if self.training and self._health.due(value):
-            self._health.warn(causes_in_batch(value, layers, logits, y, self.options))
+        if self.training and self._silence.due(value):
+            self._silence.warn(causes_in_batch(value, layers, logits, y, self.options))
         return value
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
-        return f"{self.layer_names}, {options}, check_every={self._health.check_every}"
+        return f"{self.layer_names}, {options}, check_every={self._silence.check_every}"

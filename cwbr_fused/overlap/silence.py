@@ -37,7 +37,7 @@ INSTEAD = (
 )
 
 
-class HealthCheck:
+class SilenceCheck:
     """Which calls to examine, and which causes were reported already.
 
     Args:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cwbr_fused.overlap.sampling import PKSampler
 
-# What the arguments leave out is reported as it should be: tests/test_health.py.
+# What the arguments leave out is reported as it should be: tests/overlap/test_silence.py.
 pytestmark = pytest.mark.filterwarnings("ignore::cwbr_fused.CWBRWarning")
 
 Batches = list[list[int]]

@@ -19,7 +19,7 @@ from cwbr_fused.operations import backends
 from cwbr_fused.operations.warning import CWBRWarning
 from cwbr_fused.overlap import silence
 from cwbr_fused.overlap.options import OverlapOptions
-from cwbr_fused.overlap.silence import HealthCheck
+from cwbr_fused.overlap.silence import SilenceCheck
 
 BACKENDS = [n for n in ("cpu", "reference") if backends.rejection(n, "cpu") is None]
 
@@ -274,7 +274,7 @@ def test_fake_tensors_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_captured_call_is_not_looked_at_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    check, value = HealthCheck(2), torch.tensor(0.0)
+    check, value = SilenceCheck(2), torch.tensor(0.0)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert [check.due(value) for _ in range(3)] == [False, False, False]
