@@ -50,24 +50,37 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def check_banks_and_training_equal_one_process(rank: int, world: int) -> None:
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def assert_same_banks(ours: cwbr_fused.CWBR, theirs: cwbr_fused.CWBR) -> None:
+    expected = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def assert_training_equals_one_process(rank: int, world: int, batches: list[Step]) -> None:
     single, network = Network().double(), Network().double()
     parallel = DistributedDataParallel(network)
     alone, shared = cwbr_fused.CWBR(CLASSES), cwbr_fused.CWBR(CLASSES, group="world")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (single, network)]
     own = slice(12 * rank, 12 * (rank + 1))
-    for x, y in steps(6, 12 * world):
+    for x, y in batches:
         for optimizer in optimizers:
             optimizer.zero_grad()
         backward(single, alone, (x, y))
         backward(parallel, shared, (x[own], y[own]))
-        ours, theirs = (flat([p.grad for p in m.parameters()]) for m in (network, single))  # type: ignore[misc]
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        assert_same_gradients(network, single)
         for optimizer in optimizers:
             optimizer.step()
     assert alone.health()["body"]["reg_norm"] > 0
-    for name, value in shared.state_dict().items():
-        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
+    assert_same_banks(shared, alone)
+
+
+def check_banks_and_training_equal_one_process(rank: int, world: int) -> None:
+    assert_training_equals_one_process(rank, world, steps(6, 12 * world))
 
 
 def check_banks_of_unequal_and_empty_batches_equal_one_process(rank: int, world: int) -> None:
@@ -82,8 +95,7 @@ def check_banks_of_unequal_and_empty_batches_equal_one_process(rank: int, world:
             network.zero_grad()
             cross_entropy(logits, targets, reduction="sum").backward()
             assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
-    for name, value in shared.state_dict().items():
-        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
+    assert_same_banks(shared, alone)
 
 
 def check_fsdp2_training_with_a_shared_bank_equals_one_process(rank: int, world: int) -> None:
@@ -138,27 +150,13 @@ def check_gradients_accumulate_with_a_shared_bank(rank: int, world: int) -> None
     with parallel.no_sync():
         backward(parallel, shared, (first[0][own], first[1][own]), 0.5)
     backward(parallel, shared, (last[0][own], last[1][own]), 0.5)
-    ours, theirs = (flat([p.grad for p in m.parameters()]) for m in (network, single))  # type: ignore[misc]
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert_same_gradients(network, single)
 
 
 def check_banks_and_training_with_mixup_equal_one_process(rank: int, world: int) -> None:
-    single, network = Network().double(), Network().double()
-    parallel = DistributedDataParallel(network)
-    alone, shared = cwbr_fused.CWBR(CLASSES), cwbr_fused.CWBR(CLASSES, group="world")
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (single, network)]
-    own = slice(12 * rank, 12 * (rank + 1))
+    batches = []
     for x, y in steps(6, 12 * world):
         soft = one_hot(y, CLASSES) * 0.63 + one_hot(y.flip(0), CLASSES) * 0.27 + 0.1 / CLASSES
         soft[::5] = 0  # unlabelled
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        backward(single, alone, (x, soft.double()))
-        backward(parallel, shared, (x[own], soft[own].double()))
-        ours, theirs = (flat([p.grad for p in m.parameters()]) for m in (network, single))  # type: ignore[misc]
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert alone.health()["body"]["reg_norm"] > 0
-    for name, value in shared.state_dict().items():
-        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
+        batches.append((x, soft.double()))
+    assert_training_equals_one_process(rank, world, batches)

@@ -15,7 +15,7 @@ import torch
 import cwbr_fused
 from cwbr_fused.operations import absence, backends, extension
 
-REASON = "the cpu kernels were not built (see CWBR_BUILD in the README)"
+REASON = "the cpu kernels were not built (see CWBR_BUILD in the docs)"
 
 
 @pytest.fixture
