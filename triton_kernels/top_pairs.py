@@ -246,14 +246,26 @@ def _top_pairs_kernel(
     n_candidates = _candidates(
         matrix, n_pairs, pivot, keys, places, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
     )
+    begin = 0
     if n_candidates < tl.minimum(top_m, n_pairs):
         # Slots of their own: a program that lags may still write the first candidates.
-        keys += groups * (groups - 1) // 2
-        places += groups * (groups - 1) // 2
-        no_pivot = pivot ^ pivot
+        begin = groups * (groups - 1) // 2
         n_candidates = _candidates(
-            matrix, n_pairs, no_pivot, keys, places, groups, used, MEAN_PROBS, UNSIGNED, BITS, BLOCK
+            matrix,
+            n_pairs,
+            pivot ^ pivot,
+            keys + begin,
+            places + begin,
+            groups,
+            used,
+            MEAN_PROBS,
+            UNSIGNED,
+            BITS,
+            BLOCK,
         )
+    # For AMD, Triton 3.6 compiles no branch that moves pointers.
+    keys += begin
+    places += begin
     # All pairs with an unused group have weight zero.
     n_zeros = groups * (groups - 1) // 2 - n_pairs
     limit, wanted_equal = _threshold(keys, n_candidates, n_zeros, top_m, UNSIGNED, BITS, BLOCK)
