@@ -3,6 +3,12 @@
 It sees what a kernel does wrong as compiled: an access outside of its tensors or misaligned, a
 race, a barrier that not all reach; and it runs threads, warps and blocks in any order. It does not
 see what only hardware does: time, caches, and what the assembler makes of the PTX.
+
+Threads that store the same value at the same place do not race, though nothing orders their stores.
+PTX promises a load the value of some store, but of none that another, known to come before the
+load, has overwritten; it takes this back only where racing stores differ in size. A thread that
+loads after a store of its own block, past a barrier, hence gets that store's value or the same one
+of a later store. A store of another value is a race unless it comes after all of them.
 """
 
 from __future__ import annotations
