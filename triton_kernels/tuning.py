@@ -132,7 +132,7 @@ def all_pairs_backward(mean: Tensor) -> tuple[Options, ...]:
     More warps share one copy of the sums; fewer waste less where blocks of rows are few.
     """
     rows = 16 if mean.dtype == torch.float32 else 8
-    lanes = 64 if architecture(mean.device).startswith("hip") else 32
+    lanes = 64 if architecture(mean.device).startswith("hip gfx9") else 32
     groups = mean.shape[0]
     guess = 2 if groups < 256 else 4 if groups < 512 else 8
     tiles = (guess, *(t for t in (2, 4, 8) if t != guess))
