@@ -23,9 +23,7 @@ def _load(backend: str) -> None:
     name, key = FILES[backend]
     found = [p for suffix in ("so", "pyd") for p in sorted(PACKAGE.glob(f"{name}.*{suffix}"))]
     if not found:
-        _missing[backend] = (
-            f"the {backend} kernels were not built (see CWBR_BUILD in the docs)"
-        )
+        _missing[backend] = f"the {backend} kernels were not built (see CWBR_BUILD in the docs)"
         return
     try:
         torch.ops.load_library(str(found[0]))
