@@ -221,7 +221,6 @@ def draw(found: list[Row], path: Path) -> None:
         *(1, len(settings)),
         figsize=(3.4 * len(settings) + 2, 0.32 * len(labels) + 1.3),
         squeeze=False,
-        sharex=True,
         sharey=True,
         layout="constrained",
     )
