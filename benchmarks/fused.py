@@ -10,9 +10,10 @@ from torch import Tensor
 import cwbr_fused
 from benchmarks.workloads import Inputs
 from cwbr_fused.operations.autograd import OPERATIONS
+from cwbr_fused.operations.backends import Backend
 
 
-def fused(inputs: Inputs, backend: str) -> Tensor:
+def fused(inputs: Inputs, backend: Backend) -> Tensor:
     """This package."""
     workload = inputs.workload
     if workload.kind == "loss":

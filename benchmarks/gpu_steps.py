@@ -13,18 +13,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+if TYPE_CHECKING:
+    from cwbr_fused.operations.backends import Backend
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "operations")]
 REHEARSAL = os.environ.get("GPU_CHECK_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-BACKENDS = ("triton",) if REHEARSAL else ("triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("triton",) if REHEARSAL else ("triton", "cuda")
 POISONED = 75
 # Of float32 results, relative to the largest entry of the float64 truth.
 TOLERANCE = 1e-4
@@ -133,7 +137,7 @@ def operations(start: int) -> int:
 
     from cwbr_fused.operations import autograd, backends, schema
 
-    def case(backend: str, name: str, setting: str, moved: bool) -> dict[str, Any]:
+    def case(backend: Backend, name: str, setting: str, moved: bool) -> dict[str, Any]:
         sizes = SETTINGS[setting]
         arguments = operation_arguments(torch.float32, backend, sizes)[name]
         double = [widened(a) for a in arguments]
@@ -150,15 +154,15 @@ def operations(start: int) -> int:
         for backend in BACKENDS:
             reason = backends.rejection(backend, DEVICE)
             if reason is not None:
-                yield f"{backend}", lambda reason=reason: {"ok": None, "why": reason}
+                yield f"{backend}", partial(dict, ok=None, why=reason)
                 continue
             for name in schema.SCHEMAS:
                 chosen = ("odd", "one pair") if REHEARSAL else SETTINGS
                 for setting in chosen:
                     label = f"{backend} {name}, {setting}"
-                    yield label, lambda b=backend, n=name, s=setting: case(b, n, s, False)
+                    yield label, partial(case, backend, name, setting, False)
                 label = f"{backend} {name}, offset views"
-                yield label, lambda b=backend, n=name: case(b, n, "odd", True)
+                yield label, partial(case, backend, name, "odd", True)
 
     return each(cases(), start)
 
@@ -194,7 +198,7 @@ class Net(nn.Module):
 class Training:
     """A model, a batch and one form; `step` is forward, regularizer and backward."""
 
-    def __init__(self, form: str, backend: str, device: str = DEVICE) -> None:
+    def __init__(self, form: str, backend: Backend, device: str = DEVICE) -> None:
         from cwbr_fused import CWBR
 
         small = REHEARSAL
@@ -224,7 +228,7 @@ class Training:
 FORMS = ("CWBR", "loss", "loss, all pairs")
 
 
-def without_waiting(form: str, backend: str) -> dict[str, Any]:
+def without_waiting(form: str, backend: Backend) -> dict[str, Any]:
     """A step under the mode in which every wait for the device is an error."""
     training = Training(form, backend)
     for _ in range(3):
@@ -237,7 +241,7 @@ def without_waiting(form: str, backend: str) -> dict[str, Any]:
     return {"ok": True}
 
 
-def repeatable(form: str, backend: str) -> dict[str, Any]:
+def repeatable(form: str, backend: Backend) -> dict[str, Any]:
     """The same step from the same state gives the same bits."""
     first = [g.clone() for g in Training(form, backend).step()]
     for _ in range(REPEATS):
@@ -247,7 +251,7 @@ def repeatable(form: str, backend: str) -> dict[str, Any]:
     return {"ok": True, "repeats": REPEATS}
 
 
-def like_the_reference(form: str, backend: str) -> dict[str, Any]:
+def like_the_reference(form: str, backend: Backend) -> dict[str, Any]:
     """Gradients after three steps, against pure PyTorch on the CPU."""
     ours, truth = Training(form, backend), Training(form, "reference", "cpu")
     for _ in range(3):
@@ -256,7 +260,7 @@ def like_the_reference(form: str, backend: str) -> dict[str, Any]:
     return {"ok": error <= 1e-2, "error": error}
 
 
-def captured(form: str, backend: str) -> dict[str, Any]:
+def captured(form: str, backend: Backend) -> dict[str, Any]:
     """A whole step as a CUDA graph: replays go on from the state that the last one left."""
     graphed, plain = Training(form, backend), Training(form, backend)
     side = torch.cuda.Stream()
@@ -276,7 +280,7 @@ def captured(form: str, backend: str) -> dict[str, Any]:
     return {"ok": error <= 1e-6, "error": error}
 
 
-def on_a_side_stream(form: str, backend: str) -> dict[str, Any]:
+def on_a_side_stream(form: str, backend: Backend) -> dict[str, Any]:
     wanted = Training(form, backend).step()
     torch.cuda.synchronize()
     training, stream = Training(form, backend), torch.cuda.Stream()
@@ -287,7 +291,7 @@ def on_a_side_stream(form: str, backend: str) -> dict[str, Any]:
     return {"ok": all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))}
 
 
-def on_the_second_device(form: str, backend: str) -> dict[str, Any]:
+def on_the_second_device(form: str, backend: Backend) -> dict[str, Any]:
     if torch.cuda.device_count() < 2:
         return {"ok": None, "why": "one device"}
     got = Training(form, backend, "cuda:1").step()
@@ -295,7 +299,7 @@ def on_the_second_device(form: str, backend: str) -> dict[str, Any]:
     return {"ok": error_of(got, [w.cpu() for w in wanted]) <= 1e-6}
 
 
-def launches(form: str, backend: str) -> dict[str, Any]:
+def launches(form: str, backend: Backend) -> dict[str, Any]:
     """Kernels of a step, beyond those of the network alone."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -316,7 +320,7 @@ def training(start: int) -> int:
     """Whole steps of both forms."""
     from cwbr_fused.operations import backends
 
-    checks: tuple[Callable[[str, str], dict[str, Any]], ...] = (like_the_reference, repeatable)
+    checks: tuple[Callable[[str, Backend], dict[str, Any]], ...] = (like_the_reference, repeatable)
     if not REHEARSAL:
         checks += (
             without_waiting,
@@ -333,7 +337,7 @@ def training(start: int) -> int:
             for form in FORMS:
                 for check in checks:
                     label = f"{backend} {form}: {check.__name__}"
-                    yield label, lambda c=check, f=form, b=backend: c(f, b)
+                    yield label, partial(check, form, backend)
 
     return each(cases(), start)
 
@@ -357,7 +361,7 @@ def times(start: int) -> int:
     """First step and warm steps of each form, and what they add to the network alone."""
     from cwbr_fused.operations import backends
 
-    def case(form: str, backend: str) -> dict[str, Any]:
+    def case(form: str, backend: Backend) -> dict[str, Any]:
         trained = Training(form, backend)
         begun = time.perf_counter()
         trained.step()
@@ -365,11 +369,12 @@ def times(start: int) -> int:
         return {"first_step_seconds": round(first, 2), "ms": milliseconds(trained.step)}
 
     def cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        yield "the network alone", lambda: case("alone", "reference")
-        for backend in (*BACKENDS, "reference"):
+        yield "the network alone", partial(case, "alone", "reference")
+        every: tuple[Backend, ...] = (*BACKENDS, "reference")
+        for backend in every:
             if backends.rejection(backend, DEVICE) is None:
                 for form in FORMS:
-                    yield f"{backend} {form}", lambda f=form, b=backend: case(f, b)
+                    yield f"{backend} {form}", partial(case, form, backend)
 
     return each(cases(), start)
 
@@ -385,7 +390,7 @@ def peers(start: int) -> int:
         return {"ms": milliseconds(compiled)}
 
     forms = ("loss", "loss, all pairs")
-    return each(((f"compiled {form}", lambda f=form: case(f)) for form in forms), start)
+    return each(((f"compiled {form}", partial(case, form)) for form in forms), start)
 
 
 if __name__ == "__main__":

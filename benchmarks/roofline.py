@@ -136,7 +136,8 @@ def sort_seconds(batch: int, threads: int = 1024) -> float:
     if batch <= SORTED_IN_SHARED_MEMORY:
         return 0.0
     digits = math.ceil(math.log2(batch))
-    return digits * (digits + 1) // 2 * (2**digits // 2 // threads) * TURN_SECONDS
+    turns: int = digits * (digits + 1) // 2 * (2**digits // 2 // threads)
+    return turns * TURN_SECONDS
 
 
 def loss_step(workload: Workload, itemsize: int = 2) -> Work:

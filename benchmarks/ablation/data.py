@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fgvc.data import first_per_class
+from fgvc.sampling import first_per_class
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 

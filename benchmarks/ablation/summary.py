@@ -273,8 +273,8 @@ def read() -> dict[Job, dict[str, float]]:
     with CSV.open(newline="") as file:
         lines = list(csv.reader(file))[1:]
     return {
-        Job(*line[:3], int(line[3])): dict(zip(MEASURED, map(float, line[4:]), strict=True))
-        for line in lines
+        Job(setting, base, method, int(seed)): dict(zip(MEASURED, map(float, rest), strict=True))
+        for setting, base, method, seed, *rest in lines
     }
 
 
