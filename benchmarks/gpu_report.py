@@ -74,10 +74,11 @@ the registers are vector registers and local accesses are spilled ones. Made by 
     (folder / "gpu_report.md").write_text(text)
 
 
-def _nvidia_row(cubin: bytes, name: str, arch: str, warps: int, labels: dict[str, str]) -> Row:
-    """The row of kernel `name` of a cubin."""
+def _nvidia_row(binary: Any, name: str, arch: str, labels: dict[str, str]) -> Row:
+    """The row of kernel `name`, whose shared memory is asked for at launch."""
+    shared, warps = binary.metadata.shared, binary.metadata.num_warps
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
         ((_, used),) = resource_usage(Path(file.name)).items()
         body = disassembly(Path(file.name), arch if arch == "sm_80" else arch + "a")[name]
@@ -95,8 +96,8 @@ def _nvidia_row(cubin: bytes, name: str, arch: str, warps: int, labels: dict[str
         stack=used["STACK"],
         local_accesses=sum(i.startswith(("LDL", "STL")) for _, i in body),
         loads_128=sum(i.startswith("LDG.E.128") for _, i in body),
-        shared=used["SHARED"],
-        occupancy=occupancy(arch, used["REG"], used["SHARED"], 32 * warps),
+        shared=shared,
+        occupancy=occupancy(arch, used["REG"], shared, 32 * warps),
         instructions=instructions,
         mufu=mufu,
     )
@@ -106,8 +107,9 @@ def _count_mufu(opcodes: list[str]) -> int:
     return sum(op.startswith("MUFU") for op in opcodes)
 
 
-def _amd_row(assembly: str, labels: dict[str, str]) -> Row:
+def _amd_row(binary: Any, labels: dict[str, str]) -> Row:
     """The row of an AMD kernel: 512 vector registers are shared by up to 8 waves."""
+    assembly = binary.asm["amdgcn"]
 
     def field(name: str) -> int:
         return int(re.findall(rf"{name}:\s*(\d+)", assembly)[-1])
@@ -120,7 +122,7 @@ def _amd_row(assembly: str, labels: dict[str, str]) -> Row:
         stack=field(r"\.private_segment_fixed_size"),
         local_accesses=field(r"\.vgpr_spill_count"),
         loads_128=len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", assembly)),
-        shared=field(r"\.group_segment_fixed_size"),
+        shared=binary.metadata.shared,
         occupancy=min(8, 512 // (8 * -(-registers // 8))) / 8,
         instructions=None,
         mufu=None,
@@ -284,8 +286,8 @@ def triton_rows(arch: str) -> list[Row]:
 
 def _triton_row(name: str, binary: Any, arch: str, labels: dict[str, str]) -> Row:
     if arch == "gfx942":
-        return _amd_row(binary.asm["amdgcn"], labels)
-    return _nvidia_row(binary.asm["cubin"], name, arch, binary.metadata.num_warps, labels)
+        return _amd_row(binary, labels)
+    return _nvidia_row(binary, name, arch, labels)
 
 
 def cuda_rows(archs: Sequence[str]) -> list[Row]:

@@ -15,11 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .common import SIZES_OF_A_BATCH, launch, scratch
 
-BLOCK_BYTES = 16384
-SHARE_BYTES = 512
-WARPS = 16
 # Beyond it a pair's number leaves int32.
 MOST_GROUPS = 1 << 15
 DIGIT = tl.constexpr(8)
@@ -236,6 +234,7 @@ def _top_pairs_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHARE: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
     """Programs write the same values to the scratch arrays and read only after their own writes."""
     used = groups
@@ -316,8 +315,8 @@ def _top_pairs_kernel(
     weight = tl.load(chosen_weights + slot, mask=slot < top_m, other=0)
     key = _key(weight, UNSIGNED, BITS)
     rank = tl.zeros([SHARE], tl.int32)
-    for first_other in range(0, top_m, SHARE):
-        other_slot = first_other + tl.arange(0, SHARE)
+    for first_other in range(0, top_m, OTHERS):
+        other_slot = first_other + tl.arange(0, OTHERS)
         other_weight = tl.load(chosen_weights + other_slot, mask=other_slot < top_m, other=0)
         other = tl.where(other_slot < top_m, _key(other_weight, UNSIGNED, BITS), 0)[None, :]
         ahead = (other == key[:, None]) & (other_slot[None, :] < slot[:, None])
@@ -342,11 +341,11 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
     pairs = scratch(matrix, top_m, 2, dtype=torch.int64)
     weights = scratch(matrix, top_m)
     double = matrix.dtype == torch.float64
-    share = SHARE_BYTES // matrix.element_size()
+    options = tuning.top_pairs(matrix)
     keys = scratch(matrix, 2, n_pairs, dtype=torch.int64 if double else torch.int32)
     launch(
         _top_pairs_kernel,
-        (triton.cdiv(top_m, share),),
+        (triton.cdiv(top_m, options["SHARE"]),),
         matrix,
         matrix if classes is None else classes,
         groups,
@@ -360,9 +359,7 @@ def launch_top_pairs(matrix: Tensor, classes: Tensor | None, top_m: int) -> tupl
         MEAN_PROBS=classes is not None,
         UNSIGNED=tl.uint64 if double else tl.uint32,
         BITS=64 if double else 32,
-        BLOCK=BLOCK_BYTES // matrix.element_size(),
-        SHARE=share,
-        num_warps=WARPS // 2 if double else WARPS,
+        **options,
     )
     return pairs, weights
 

@@ -47,6 +47,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def every_register(warps: int, device: torch.device) -> Options:
+    """All registers of a multiprocessor, for so many warps; an option of CUDA only.
+
+    Left alone, ptxas keeps some kernels to fewer, for occupancy, and spills.
+    """
+    if not architecture(device).startswith("cuda"):
+        return {}
+    return {"maxnreg": min(240, 65536 // (32 * warps))}
+
+
 def block_of_dims(dims: int, itemsize: int, most_warps: int) -> Options:
     """A block in which each lane reads 16 contiguous bytes of a row, and its warps.
 
@@ -89,7 +99,8 @@ def top_confusions(classes: int) -> Options:
 def class_attraction(dims: int, classes: int, mean: Tensor) -> Options:
     """By the means, of which several rows are read for each sample, up to eight at once."""
     chunk = min(8, triton.next_power_of_2(max(classes, 1)))
-    return {"CHUNK": chunk, **block_of_dims(dims, mean.element_size(), most_warps=4)}
+    block = block_of_dims(dims, mean.element_size(), most_warps=4)
+    return {"CHUNK": chunk, **block, **every_register(block["num_warps"], mean.device)}
 
 
 def class_rows(dims: int, mean: Tensor) -> Options:
@@ -114,9 +125,14 @@ def all_pairs(mean: Tensor) -> tuple[Options, ...]:
     groups = mean.shape[0]
     guess = narrow if groups <= 256 else middle if groups <= 512 else wide
     tiles = (guess, *(t for t in (narrow, middle, wide) if t is not guess))
-    # Left alone, ptxas keeps a warp to 168 registers on some architectures and spills.
-    extra = {"maxnreg": 240} if warps == 1 and architecture(mean.device).startswith("cuda") else {}
-    return tuple(tile | extra for tile in tiles)
+    registers = every_register(4, mean.device) if mean.dtype == torch.float32 else {}
+    return tuple(tile | registers for tile in tiles)
+
+
+def top_pairs(matrix: Tensor) -> Options:
+    """As many pairs at a time as registers hold, because each turn waits for memory."""
+    size = matrix.element_size()
+    return {"BLOCK": 16384 // size, "SHARE": 64, "OTHERS": 512 // size, "num_warps": 16}
 
 
 def slices_of_dims(dims: int, warps: int, device: torch.device) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .common import SIZES_OF_A_BATCH, last_to_arrive, launch, scratch
 from .pair_tiles import (
     Partial,
@@ -161,7 +162,7 @@ def _launch_value(partial: Partial, mean: Tensor, alpha: Tensor, eps: float, log
         EPS=eps,
         LOG=log,
         BLOCK=BLOCK,
-        **partial.options,
+        **(partial.options | tuning.every_register(partial.options["num_warps"], mean.device)),
     )
     return value
 

@@ -45,7 +45,6 @@ def test_every_kernel_compiles_for_every_architecture(report: Table) -> None:
         assert {row["kernel"].split()[0] for row in report if row["arch"] == arch} == written
 
 
-@pytest.mark.xfail(reason="a known fault: top_pairs and others use the stack on some architectures")
 def test_no_kernel_uses_the_stack_or_spills(report: Table) -> None:
     offenders = [r for r in report if int(r["stack"]) or int(r["local_accesses"])]
     assert offenders == []

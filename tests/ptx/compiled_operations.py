@@ -133,12 +133,12 @@ UNNEEDED = {
         ("_mean_probs_kernel", 1, 8),  # of 64 columns, and of a tile of a group's samples
         ("_list_kernel", 1, 12),  # of 1024 ends of pairs
         ("_prepare_backward_kernel", 1, 20),  # of 1024 ends of pairs
-        ("_top_pairs_kernel", 1, 215),  # of 4096 groups
-        ("_top_pairs_kernel", 42, 122),  # of 4096 pairs
-        ("_top_pairs_kernel", 53, 122),  # of 4096 candidates
-        ("_top_pairs_kernel", 110, 215),  # of 4096 candidates
-        ("_top_pairs_kernel", 113, 122),  # of a share of the chosen pairs
-        ("_top_pairs_kernel", 206, 215),  # of a share of the chosen pairs
+        ("_top_pairs_kernel", 1, 211),  # of 4096 groups
+        ("_top_pairs_kernel", 42, 118),  # of 4096 pairs
+        ("_top_pairs_kernel", 53, 118),  # of 4096 candidates
+        ("_top_pairs_kernel", 110, 211),  # of 4096 candidates
+        ("_top_pairs_kernel", 113, 118),  # of a share of the chosen pairs
+        ("_top_pairs_kernel", 206, 211),  # of a share of the chosen pairs
     },
     "threads store where, of all warps, only their own has loaded": {
         ("_mean_probs_kernel", 7, 8),
