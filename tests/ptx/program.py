@@ -85,11 +85,31 @@ def _split(operands: str) -> tuple[str, ...]:
     )
 
 
+def _without_tables(body: str) -> str:
+    """`brx.idx` written out: compares its index with the number of each label in turn."""
+    table = re.compile(r"([\w$]+):\s*\.branchtargets([^;]*);")
+    targets = {name: re.findall(r"[\w$]+", labels) for name, labels in table.findall(body)}
+
+    def written_out(match: re.Match[str]) -> str:
+        guard, index, name = match.groups()
+        if guard:
+            raise TranslationError(match[0])
+        tests = (
+            f"setp.eq.s32 %chosen, {index}, {number};\n@%chosen bra {label};"
+            for number, label in enumerate(targets[name])
+        )
+        return "\n".join([*tests, "trap;"])
+
+    body = re.sub(r"(@\S+\s+)?brx\.idx\s+(%\w+),\s*([\w$]+);", written_out, table.sub("", body))
+    return f".reg .pred %chosen;\n{body}"
+
+
 def parse(ptx: str, kernel: str) -> tuple[list[Instruction], dict[str, int], str, str]:
     """Instructions, the place of each label among them, and the kernel's header and body."""
     start = ptx.index(f".entry {kernel}(")
     end = ptx.find("// -- End function", start)
     header, _, body = ptx[start : end if end > 0 else None].partition("\n{\n")
+    body = _without_tables(body)
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for statement, source in _statements(body):

@@ -83,6 +83,17 @@ def test_an_atomic_that_releases_and_acquires_orders_blocks(seed: int) -> None:
             last_to_arrive(barrier, order, seed)
 
 
+def test_a_table_of_branches_takes_each_lane_where_its_index_says() -> None:
+    """An index beyond the table is a fault."""
+    table = (
+        "JTI0_0:\n.branchtargets\n$L0,\n$L1;\nand.b32 %r4, %r1, {mask};\nbrx.idx %r4, JTI0_0;\n"
+        "$L0:\nmov.u32 %r3, 5;\nbra.uni $L2;\n$L1:\nmov.u32 %r3, 7;\n$L2:"
+    )
+    assert stored_by_lanes(table.format(mask=1))[:4] == [5, 7, 5, 7]
+    with pytest.raises(machine.KernelError, match="assertion"):
+        stored_by_lanes(table.format(mask=2))
+
+
 def test_a_barrier_that_some_threads_never_reach_is_a_fault() -> None:
     some = "setp.lt.u32 %p1, %r1, 40;\nmov.u32 %r3, 0;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:"
     with pytest.raises(machine.KernelError, match="wait for ever"):
