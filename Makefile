@@ -6,7 +6,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o 
 READY := $(VENV)/.ready
 PIP := -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 120
 
-.PHONY: install test ptx build-oldest test-oldest test-newest test-arm lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
+.PHONY: install test ptx compile-matrix build-oldest test-oldest test-newest test-arm lint format train sanitize soak docs gpu-report gpu-check bench bench-quick bench-compare plots ablation clean
 
 install: $(READY)
 
@@ -35,6 +35,11 @@ ptx: $(READY)
 	PYTHONPATH=.:tests/ptx $(PY) -m pytest -n auto --maxprocesses 4 -p plugin \
 		tests/ptx/compiled_operations.py
 
+# The kernels that Triton makes of every operation, dtype and size equal to 1, for ten architectures:
+# none fails or uses the stack. Half an hour on a core.
+compile-matrix: $(READY)
+	CWBR_COMPILE_WHOLE=1 $(PY) $(PYTEST) tests/ptx/test_specialisation.py -k compiles_with
+
 # The tests that lean most on torch, on the torch of requirements-oldest.txt and the oldest
 # Python that is found, or of requirements-newest.txt and the newest. The oldest builds the kernels
 # itself; the newest takes those of `make install`, as one build serves whatever is newer. Of Triton,
@@ -47,7 +52,8 @@ PYTHON_oldest ?= $(call first_python,$(PYTHONS))
 PYTHON_newest ?= $(call first_python,$(shell printf '%s\n' $(PYTHONS) | sort -rV))
 TORCH_TESTS := test_compile.py test_amp.py test_distributed.py overlap/test_loss.py \
 	balanced/test_cwbr.py \
-	$(patsubst %,operations/test_%.py,ops backends cpu_regularizer cpu_arguments)
+	$(patsubst %,operations/test_%.py,ops backends cpu_regularizer cpu_arguments) \
+	ptx/test_specialisation.py
 
 # Gigabytes, so a broken connection costs a pause and the wheel that it broke, no more. The file pins
 # what it is about, which a machine's own constraints could only contradict.

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "operations")]
+# Last, so that an installed package goes before the checkout's.
+sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "operations")]
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
@@ -57,15 +58,23 @@ def root_cause(error: BaseException) -> str:
 
 
 def used(binary: Any) -> dict[str, int]:
-    """Registers, and bytes of stack, of a compiled kernel."""
-    if "amdgcn" in binary.asm:
+    """Registers, and bytes of stack, of a compiled kernel; nothing where it stops at PTX."""
+    if binary.hash not in _used:
+        _used[binary.hash] = _read(binary.asm)
+    return _used[binary.hash]
+
+
+_used: dict[str, dict[str, int]] = {}
+
+
+def _read(code: Any) -> dict[str, int]:
+    if "amdgcn" in code:
         fields = {"registers": r"\.vgpr_count", "stack": r"\.private_segment_fixed_size"}
-        found = {k: re.findall(rf"{v}:\s*(\d+)", binary.asm["amdgcn"]) for k, v in fields.items()}
-        return {k: int(v[-1]) for k, v in found.items()}
-    if not binary.asm["cubin"]:
+        return {k: int(re.findall(rf"{v}:\s*(\d+)", code["amdgcn"])[-1]) for k, v in fields.items()}
+    if not code["cubin"]:
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(code["cubin"])
         file.flush()
         ((_, usage),) = resource_usage(Path(file.name)).items()
     return {"registers": usage["REG"], "stack": usage["STACK"] + usage["LOCAL"]}

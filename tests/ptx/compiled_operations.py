@@ -196,3 +196,24 @@ def test_a_step_of_another_batch_compiles_nothing_after_warm_up(
         monkeypatch.setattr(warming, "BATCH", batch)
         cwbr_fused.warm_up(**sizes, **how)
     assert set(plugin.programs) == compiled
+
+
+@pytest.mark.parametrize("widths", [[7], [64, 7, 32, 4]], ids=["one layer", "four layers"])
+def test_the_first_step_of_cwbr_compiles_nine_kernels_once(
+    widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, whatever the number of layers."""
+    monkeypatch.setattr(backends, "_triton_rejection", lambda device_type: None)
+    plugin.programs.clear()
+    cwbr_fused.warm_up(9, widths, device="cpu", backend="triton")
+    assert sorted(kernel for kernel, _ in plugin.programs) == [
+        "_class_attraction_kernel",
+        "_class_weights_kernel",
+        "_follow_classes_kernel",
+        "_layout_kernel",
+        "_moments_kernel",
+        "_rank_kernel",
+        "_scatter_kernel",
+        "_top_confusions_kernel",
+        "_variances_kernel",
+    ]
