@@ -169,7 +169,8 @@ def _interval(row: Row) -> str:
 
 def readme_table(found: list[Row]) -> str:
     """By base: the accuracy alone and what is added to it, by setting."""
-    settings, cells = settings_of(found), shown(found)
+    cells = shown(found)
+    settings = settings_of(list(cells.values()))
     return markdown.table(
         ["test accuracy, %", *settings],
         (
@@ -216,15 +217,20 @@ def draw(found: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cells, settings, labels = shown(found), settings_of(found), labels_of(found)
+    cells, labels = shown(found), labels_of(found)
+    settings = settings_of(list(cells.values()))
+    across = min(len(settings), 3)
+    down = -(-len(settings) // across)
     figure, axes = plt.subplots(
-        *(1, len(settings)),
-        figsize=(3.4 * len(settings) + 2, 0.32 * len(labels) + 1.3),
+        *(down, across),
+        figsize=(3.4 * across + 2, (0.32 * len(labels) + 0.6) * down + 0.7),
         squeeze=False,
         sharey=True,
         layout="constrained",
     )
-    for axis, setting in zip(axes[0], settings, strict=True):
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    for axis, setting in zip(axes.flat, settings, strict=False):
         axis.set_title(setting, fontsize=10)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", color="0.92")
