@@ -35,8 +35,8 @@ ptx: $(READY)
 	PYTHONPATH=.:tests/ptx $(PY) -m pytest -n auto --maxprocesses 4 -p plugin \
 		tests/ptx/compiled_operations.py
 
-# The kernels that Triton makes of every operation, dtype and size equal to 1, for ten architectures:
-# none fails or uses the stack. Half an hour on a core.
+# Compiles every operation, at every dtype and with each size equal to 1, for ten architectures, and asks
+# that none fails or uses the stack: benchmarks/NOTES_triton.md says which kernels still do.
 compile-matrix: $(READY)
 	CWBR_COMPILE_WHOLE=1 $(PY) $(PYTEST) tests/ptx/test_specialisation.py -k compiles_with
 

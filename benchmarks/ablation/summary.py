@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,12 +170,12 @@ def _interval(row: Row) -> str:
 def readme_table(found: list[Row]) -> str:
     """By base: the accuracy alone and what is added to it, by setting."""
     cells = shown(found)
-    settings = settings_of([row for row in cells.values() if row.seeds >= LEAST_SEEDS])
+    settings = settings_of(cells.values())
     return markdown.table(
         ["test accuracy, %", *settings],
         (
             [label, *(_cell(cells.get((label, setting))) for setting in settings)]
-            for label in labels_of(found)
+            for label in labels_of(cells)
         ),
     )
 
@@ -188,24 +188,31 @@ def _cell(row: Row | None) -> str:
     return f"{row.mean - row.gain:.1f} {f'**{gain}**' if row.method == OURS else gain}{name}"
 
 
-def shown(found: list[Row]) -> dict[tuple[str, str], Row]:
-    """What is compared in picture and README, by its label and setting: of the rivals the best."""
+Cells = Mapping[tuple[str, str], Row]
+
+
+def shown(found: list[Row]) -> Cells:
+    """What is compared in picture and README, by its label and setting.
+
+    Of the rivals the best; of the settings those in which some row has enough seeds.
+    """
     own = [r for r in found if r.against == ALONE and r.method in (OURS, PULL, "published")]
     named = [(f"{row.base} + {row.method}", row) for row in own]
     named += [(f"{row.base} + best rival", row) for row in best_rivals(found)]
-    return {(label, row.setting): row for label, row in named}
+    sure = settings_of([row for _, row in named if row.seeds >= LEAST_SEEDS])
+    return {(label, row.setting): row for label, row in named if row.setting in sure}
 
 
-def labels_of(found: list[Row]) -> list[str]:
+def labels_of(cells: Cells) -> list[str]:
     """`CWBR` on every base, then the other methods on each."""
     order = [*BASES, MEAN]
     methods = (OURS, PULL, "best rival", "published")
     possible = [f"{base} + {method}" for method in methods for base in order]
-    there = {label for label, _ in shown(found)}
+    there = {label for label, _ in cells}
     return [label for label in possible if label in there]
 
 
-def settings_of(found: list[Row]) -> list[str]:
+def settings_of(found: Collection[Row]) -> list[str]:
     """The settings that there are, in the order in which they are shown."""
     return [name for name in SETTINGS if any(row.setting == name for row in found)]
 
@@ -217,8 +224,8 @@ def draw(found: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cells, labels = shown(found), labels_of(found)
-    settings = settings_of([row for row in cells.values() if row.seeds >= LEAST_SEEDS])
+    cells = shown(found)
+    labels, settings = labels_of(cells), settings_of(cells.values())
     across = min(len(settings), 3)
     down = -(-len(settings) // across)
     figure, axes = plt.subplots(

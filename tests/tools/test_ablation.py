@@ -181,6 +181,7 @@ def test_table_figure_and_readme_show_what_there_is(folder: Path) -> None:
     assert "| mixup | CWBR | 1 | 69.0 | -1.0 (seeds: 1) | +0.0 |" in table
     assert "| ArcFace + CWBR | 81.0 **+1.5 ± 0.0** |" in readme
     assert readme.index("mixup + CWBR") < readme.index("ArcFace + CWBR") < readme.index("+ pull")
+    assert "SupCon" not in readme
     assert "rival" not in readme
     assert "old" not in readme
     assert (folder / "ablation.png").stat().st_size > 1000
@@ -202,6 +203,21 @@ def test_validation_chooses_the_best_rival_among_those_with_most_seeds() -> None
     (best,) = summary.best_rivals(summary.rows(results))
     assert (best.method, best.gain) == ("SupCon, 0.3", 1.0)
     assert "| 80.0 +1.0 ± 0.0 (SupCon, 0.3) |" in summary.readme_table(summary.rows(results))
+
+
+@pytest.mark.usefixtures("folder")
+def test_tables_are_made_anew_from_the_csv_alone() -> None:
+    results = {
+        Job(TYPEFACES, "ArcFace", method, seed): result(accuracy + seed**2)
+        for method, accuracy in (("alone", 80.0), ("CWBR", 81.5))
+        for seed in range(3)
+    }
+    summary.record(results)
+    assert summary.rows(summary.read()) == summary.rows(results)
+    summary.publish(summary.rows(results))
+    readme = summary.README.read_text()
+    summary.publish(summary.rows(summary.read()))
+    assert summary.README.read_text() == readme
 
 
 @pytest.mark.usefixtures("folder")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ SECTIONS, FACES = "package sections", "typefaces, fine-tuned"
 
 
 @pytest.fixture
-def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small random network with a tokenizer of words in place of the real one; three steps."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -48,9 +47,6 @@ def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         whole, data=partial(whole.data, per_class=3), classes=5, steps=3, batch_size=8
     )
     monkeypatch.setitem(settings.SETTINGS, SECTIONS, brief)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
